@@ -1,0 +1,13 @@
+//! The pure half of Mastio: bytes and values in, values or errors out.
+//!
+//! Nothing here does I/O, logs, knows what time it is, or draws randomness: callers hand in `now`,
+//! serials and nonces (`tests/tidy.rs` holds that line). Certificates live in [`x509`], tokens in
+//! [`token`] and [`dpop`], the audit chain in [`audit`], and what an update changes in [`changeset`].
+
+pub mod audit;
+pub mod changeset;
+pub mod dpop;
+pub mod json;
+pub mod time;
+pub mod token;
+pub mod x509;

@@ -1,0 +1,1 @@
+//! Client assertions and access tokens.

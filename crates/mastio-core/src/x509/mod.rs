@@ -1,0 +1,1 @@
+//! Certificates: read, built, linted, validated (RFC 5280).

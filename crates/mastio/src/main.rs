@@ -1,0 +1,2 @@
+//! Mastio.
+fn main() {}
