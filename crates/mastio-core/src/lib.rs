@@ -7,6 +7,7 @@
 pub mod audit;
 pub mod changeset;
 pub mod dpop;
+pub mod error;
 pub mod json;
 pub mod time;
 pub mod token;

@@ -36,7 +36,7 @@ impl UnixTime {
         }
         // A few legacy columns hold local-less text; the predecessor wrote UTC everywhere.
         let civil: jiff::civil::DateTime = text.parse().ok()?;
-        civil.to_zoned(TimeZone::UTC).ok().map(|zoned| Self(zoned.timestamp().as_second()))
+        TimeZone::UTC.to_timestamp(civil).ok().map(|timestamp| Self(timestamp.as_second()))
     }
 }
 
@@ -66,9 +66,12 @@ mod tests {
     #[test]
     fn the_page_s_form_and_the_predecessor_s_forms_are_read() {
         let expected = Some(UnixTime(1_776_971_061));
-        for text in
-            ["2026-04-23T19:04:21Z", "2026-04-23T19:04:21.313041+00:00", "2026-04-23T19:04:21", "2026-04-23 19:04:21"]
-        {
+        for text in [
+            "2026-04-23T19:04:21Z",
+            "2026-04-23T19:04:21.313041+00:00",
+            "2026-04-23T19:04:21",
+            "2026-04-23 19:04:21",
+        ] {
             assert_eq!(UnixTime::parse(text), expected, "{text}");
         }
         assert_eq!(UnixTime::parse("yesterday"), None);

@@ -1,0 +1,121 @@
+//! What happened: the type of an event, who did it, and the details.
+
+use serde_json::Value;
+
+/// One thing that happened, before it is linked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// What kind of thing.
+    pub event_type: EventType,
+    /// Who did it: `admin`, `system`, or an agent's id.
+    pub actor: String,
+    /// What it was done to. A JSON object without floats.
+    pub details: Value,
+}
+
+/// Makes the enum, its names and its list from one table, so that a new type is one line.
+macro_rules! event_types {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+        /// Every type of event that we write. The names are interface: operators search for them.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum EventType {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl EventType {
+            /// Every type, in the order of the table.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            /// The name as stored.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+
+            /// The type of this name. `None` for a name that this version does not write.
+            #[must_use]
+            pub fn parse(name: &str) -> Option<Self> {
+                match name {
+                    $($name => Some(Self::$variant),)+
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+event_types! {
+    /// An access token was issued to an agent.
+    TokenIssued = "auth.token_issued",
+    /// A framework update was detected as needed.
+    UpdateDetected = "admin.update_detected",
+    /// The rows an update would change were written to a snapshot.
+    UpdateSnapshotTaken = "admin.update_snapshot_taken",
+    /// An update was applied.
+    UpdateApplied = "admin.update_applied",
+    /// An update was not applied; nothing changed.
+    UpdateApplyFailed = "admin.update_apply_failed",
+    /// An applied update was undone.
+    UpdateRolledBack = "admin.update_rolled_back",
+    /// An applied update was not undone; nothing changed.
+    UpdateRollbackFailed = "admin.update_rollback_failed",
+    /// The state that an update left behind was verified.
+    UpdateVerified = "admin.update_verified",
+    /// An update is no longer needed, and was closed without being applied.
+    UpdateClosed = "admin.update_closed",
+    /// The key that signs access tokens was rotated.
+    MastioKeyRotated = "admin.mastio_key_rotated",
+    /// A predecessor's database was taken over.
+    DeployAdopted = "deploy.adopted",
+    /// A new deployment was set up.
+    DeployCreated = "deploy.created",
+    /// A deployment was copied to another database.
+    DeployCopied = "deploy.copied",
+    /// An agent was created.
+    AgentCreated = "agent.created",
+    /// An agent was deactivated.
+    AgentDeactivated = "agent.deactivated",
+    /// An agent was deleted.
+    AgentDeleted = "agent.deleted",
+    /// An agent's persistent DPoP key was set.
+    AgentDpopKeySet = "agent.dpop_key_set",
+    /// An agent was enrolled with a certificate of its owner's.
+    AgentByocaEnrolled = "agent.byoca_enrolled",
+    /// A certificate was issued for an owner's CSR, for enrollment by its owner.
+    AgentByocaCertificateIssued = "agent.byoca_certificate_issued",
+    /// An upstream MCP server was registered.
+    McpResourceCreated = "mcp.resource_created",
+    /// An upstream MCP server was removed.
+    McpResourceDeleted = "mcp.resource_deleted",
+    /// An agent was allowed to use an upstream MCP server.
+    McpBindingCreated = "mcp.binding_created",
+    /// An agent's use of an upstream MCP server was ended.
+    McpBindingRevoked = "mcp.binding_revoked",
+    /// An agent called a tool.
+    McpToolCalled = "mcp.tool_called",
+    /// A key to sign access tokens with was made.
+    PkiTokenKeyCreated = "pki.token_key_created",
+    /// A certificate was issued.
+    PkiCertificateIssued = "pki.certificate_issued",
+    /// A certificate for our own TLS listener was issued.
+    PkiTlsCertificateIssued = "pki.tls_certificate_issued",
+    /// The head of this chain was signed.
+    AuditHeadSigned = "audit.head_signed",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_is_found_by_its_name_and_no_two_share_one() {
+        for event_type in EventType::ALL {
+            assert_eq!(EventType::parse(event_type.as_str()), Some(*event_type));
+        }
+        assert_eq!(EventType::parse("admin.update_applied"), Some(EventType::UpdateApplied));
+        assert_eq!(EventType::parse("updates.apply"), None);
+        assert_eq!(EventType::parse(""), None);
+    }
+}
