@@ -1,0 +1,449 @@
+//! The wiring: every part built once, in the order of the boot, routes mounted, jobs started, and the way down.
+//!
+//! Boot: lock the data directory, open the store, adopt a predecessor's database, bring the schema up, open the
+//! sealing key, create the organisation where there is none, finish what a crash left, run the detector, complete the
+//! identity, make the TLS certificate, listen. Nothing is signed before the detector has spoken, and no request is
+//! accepted before the halt is known.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware;
+use mastio_core::error::Kind;
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::clock::{Clock, SystemClock};
+use crate::config::Config;
+use crate::enrollment::{self, Agents};
+use crate::entropy::Entropy;
+use crate::gateway::{self, Gateway};
+use crate::health::{self, Health};
+use crate::http::authn::AdminSecret;
+use crate::http::error::{ApiError, chain};
+use crate::http::json::BODY_BYTES_MAX;
+use crate::http::limits::{self, RateLimit};
+use crate::http::server::{self, Server};
+use crate::http::urls::ExternalUrls;
+use crate::metrics::{self, Metrics};
+use crate::pki::sealing::{self, SealingError};
+use crate::pki::tls::{ServerNames, Tls};
+use crate::pki::{self, Pki, PkiError, bootstrap};
+use crate::store::adopt::{self, AdoptError};
+use crate::store::ephemeral;
+use crate::store::group::Journal;
+use crate::store::{DatabaseUrl, Store, StoreError, schema};
+use crate::tokens::{self, Tokens};
+use crate::updates::{self, UpdateError, Updates};
+
+/// How often the epoch in the database is looked at: how late an operator's SQL is seen at most.
+const EPOCH_POLL: Duration = Duration::from_millis(250);
+/// How often expired identifiers are forgotten.
+const FORGET_PERIOD: Duration = Duration::from_secs(60);
+/// How often runs of dead replicas are looked for.
+const RECOVER_PERIOD: Duration = Duration::from_secs(5);
+/// How often the server certificate's end is looked at.
+const TLS_PERIOD: Duration = Duration::from_secs(3600);
+/// The file that says which process holds the data directory.
+const LOCK_FILE: &str = "mastio.lock";
+/// The file that names this replica in the journal of runs.
+const REPLICA_FILE: &str = "replica.id";
+
+/// Why the server does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// Another process serves from the data directory.
+    #[error("{path} is held by another mastio: stop it first, or choose another data directory")]
+    Locked {
+        /// The lock file.
+        path: String,
+    },
+    /// The data directory cannot be used.
+    #[error("the data directory {path} cannot be used")]
+    DataDir {
+        /// Which.
+        path: String,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A sealing key lies there, and its database does not.
+    #[error(
+        "{path} holds seal.key but no database: restore the database, or remove seal.key to begin a new organisation"
+    )]
+    DatabaseLost {
+        /// The data directory.
+        path: String,
+    },
+    /// The database has no organisation, and was named by URL.
+    #[error(
+        "the database {url} holds no organisation: check MCP_PROXY_DATABASE_URL, or start once with --init to create one"
+    )]
+    NotInitialised {
+        /// The database, without password.
+        url: String,
+    },
+    /// Strict mode and a legacy Org CA.
+    #[error(
+        "MCP_PROXY_STRICT_PKI is set and the Org CA has pathLen=0: run `mastio updates apply {0}`, then start again"
+    )]
+    StrictPki(&'static str),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: MCP_PROXY_LISTEN chooses another address")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// Adoption.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+    /// The sealing key.
+    #[error(transparent)]
+    Sealing(#[from] SealingError),
+    /// The certificate authority.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// Updates.
+    #[error(transparent)]
+    Updates(#[from] UpdateError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The gateway.
+    #[error("the gateway cannot start")]
+    Gateway(#[from] gateway::GatewayError),
+}
+
+/// A deploy whose state is open: what the server and the command line both stand on.
+pub struct Deploy {
+    /// The certificate authority.
+    pub pki: Arc<Pki>,
+    /// Updates, detected.
+    pub updates: Arc<Updates>,
+    _lock: Option<File>,
+}
+
+/// Opens a deploy: adopts, migrates, unseals, creates, recovers, detects, completes.
+pub async fn open(config: &Config) -> Result<Deploy, AppError> {
+    let data_dir = &config.data_dir;
+    std::fs::create_dir_all(data_dir).map_err(|source| data_dir_error(data_dir, source))?;
+    let sqlite = matches!(config.database_url, DatabaseUrl::Sqlite(_));
+    let lock = if sqlite { Some(lock(data_dir)?) } else { None };
+    let fresh = match &config.database_url {
+        DatabaseUrl::Sqlite(path) => !path.exists(),
+        DatabaseUrl::Postgres(_) => false,
+    };
+    let may_create = config.init || !config.database_url_given;
+    if fresh && !may_create {
+        return Err(AppError::NotInitialised { url: config.database_url.redacted() });
+    }
+    if fresh && data_dir.join(sealing::SEAL_KEY_FILE).exists() {
+        return Err(AppError::DatabaseLost { path: data_dir.display().to_string() });
+    }
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let entropy = Arc::new(Entropy::default());
+    let store =
+        Store::open(&config.database_url, may_create, Arc::clone(&clock), Arc::clone(&entropy)).await?;
+    let passphrase = config.db_encryption_key.as_deref();
+    if let Some(adopted) = adopt::adopt_if_legacy(&store, data_dir, passphrase, &entropy).await? {
+        tracing::info!(agents = adopted.agents, copy = %adopted.copy.display(), "deploy_adopted");
+        if let Some(found) = &adopted.audit_break {
+            tracing::warn!(found, "the predecessor's audit chain does not verify; the break is recorded");
+        }
+    }
+    schema::migrate(&store).await?;
+    match adopt::finish_scrub(&store).await {
+        // Somebody reads the file just now; the mark stays, and the next boot tries again.
+        Err(error @ AdoptError::Scrub { .. }) => {
+            tracing::warn!(error = chain(&error), "adoption_scrub_postponed")
+        }
+        other => other?,
+    }
+    let opened = sealing::open(&mut store.read().await?, data_dir, passphrase).await?;
+    let sealing = match opened {
+        Some(sealing) => sealing,
+        None if !may_create => return Err(AppError::NotInitialised { url: config.database_url.redacted() }),
+        None => {
+            let mut tx = store.write().await?;
+            let sealing = sealing::create(&mut tx, data_dir, passphrase, !sqlite, &entropy).await?;
+            tx.commit_unaudited().await?;
+            sealing
+        }
+    };
+    if !bootstrap::has_organisation(&store).await? {
+        if !may_create {
+            return Err(AppError::NotInitialised { url: config.database_url.redacted() });
+        }
+        let org_id =
+            bootstrap::create_organisation(&store, &sealing, config.org_id.as_deref(), &entropy).await?;
+        tracing::info!(org_id, "organisation_created");
+    }
+    let pki = Arc::new(Pki::load(store, sealing, config.trust_domain.clone(), clock, entropy).await?);
+    for reason in &pki.gate().halt().reasons {
+        updates::halt::log(reason);
+    }
+    let replica = replica(data_dir, &pki.entropy).map_err(|source| data_dir_error(data_dir, source))?;
+    let updates = Arc::new(Updates::new(Arc::clone(&pki), replica));
+    updates.recover().await?;
+    updates.detect().await?;
+    pki.complete().await?;
+    Ok(Deploy { pki, updates, _lock: lock })
+}
+
+/// A server that accepts requests.
+pub struct Running {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The URL on this machine.
+    pub url: String,
+    stop: watch::Sender<bool>,
+    server: JoinHandle<()>,
+    jobs: Vec<JoinHandle<()>>,
+    journal: JoinHandle<()>,
+    pki: Arc<Pki>,
+    stopping: Arc<AtomicBool>,
+    // Held until the process has drained: another one must not open the data directory before.
+    _deploy: Deploy,
+}
+
+impl Running {
+    /// Drains: accepted requests finish, their events are durable, then everything is closed.
+    pub async fn stop(self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.stop.send_replace(true);
+        for job in self.jobs {
+            job.abort();
+        }
+        // A task that panicked has nothing left to drain.
+        let _ended = self.server.await;
+        let _ended = tokio::time::timeout(Duration::from_secs(10), self.journal).await;
+        self.pki.store.close().await;
+    }
+}
+
+/// Starts everything and listens.
+pub async fn start(config: Config) -> Result<Running, AppError> {
+    let deploy = open(&config).await?;
+    let (pki, updates) = (Arc::clone(&deploy.pki), Arc::clone(&deploy.updates));
+    if config.strict_pki && pki.authority().org_ca_has_legacy_path_len() {
+        return Err(AppError::StrictPki(updates::migrations::m2026_04_23_org_ca_pathlen_1::ID));
+    }
+    let names = server_names(&config);
+    let tls = Arc::new(Tls::start(&pki, names.clone(), config.tls_files.clone()).await?);
+    let metrics = Arc::new(Metrics::new());
+    updates.attach(Arc::clone(&tls), Arc::clone(&metrics));
+    let failures = Arc::clone(&metrics);
+    let (journal, journal_task) =
+        Journal::start(pki.store.clone(), Box::new(move || failures.audit_append_failed()));
+    let agents = Arc::new(Agents::new(Arc::clone(&pki), RateLimit::per_minute(config.rate_limit_per_minute)));
+    let all_together = Arc::new(RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)));
+    if config.redis_url.is_some() {
+        tracing::warn!(
+            "MCP_PROXY_REDIS_URL is set, and nothing uses Redis yet: identifiers that may be used once are in the database"
+        );
+    }
+    let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone()));
+    let hosts = names.dns.iter().cloned().chain(names.ips.iter().map(IpAddr::to_string)).collect();
+    let urls = ExternalUrls::new(config.public_url.clone(), hosts);
+    let stopping = Arc::new(AtomicBool::new(false));
+    let secrets: gateway::Secrets = Arc::new(crate::config::environment_secret);
+    let gateway = Arc::new(Gateway {
+        store: pki.store.clone(),
+        journal,
+        upstream: gateway::Upstream::new(&config.internal_host_allowlist, secrets)?,
+        org_id: pki.authority().org_id.clone(),
+        entropy: Arc::clone(&pki.entropy),
+        authenticate: Arc::new(gateway::TokenCallers::new(Arc::clone(&tokens), urls.clone())),
+    });
+
+    let listener = server::bind(config.listen)
+        .await
+        .map_err(|source| AppError::Listen { address: config.listen, source })?;
+    let address =
+        listener.local_addr().map_err(|source| AppError::Listen { address: config.listen, source })?;
+    let url = local_url(address);
+    note_url(&config.data_dir, &url).map_err(|source| data_dir_error(&config.data_dir, source))?;
+
+    let health = Health {
+        pki: Arc::clone(&pki),
+        updates: Arc::clone(&updates),
+        tls: Arc::clone(&tls),
+        metrics: Arc::clone(&metrics),
+        version: config.version.clone(),
+        stopping: Arc::clone(&stopping),
+    };
+    let router = Router::new()
+        .merge(health::routes(health))
+        .merge(pki::http::routes(Arc::clone(&pki)))
+        .merge(enrollment::http::routes(agents))
+        .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics)))
+        .merge(gateway::routes(gateway))
+        .merge(updates::http::routes(Arc::clone(&updates)))
+        .merge(crate::audit::http::routes(pki.store.clone()))
+        .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
+        .layer(middleware::from_fn_with_state(all_together, limits::shed))
+        .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
+        .layer(axum::Extension(AdminSecret::new(config.admin_secret.clone())))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn(crate::http::headers::guard));
+    let (stop, stopped) = watch::channel(false);
+    let server = Server {
+        listener,
+        tls: Arc::clone(&tls.config),
+        router,
+        clock: Arc::clone(&pki.clock),
+        entropy: Arc::clone(&pki.entropy),
+    };
+    let jobs = jobs(&pki, &updates, &tls);
+    let server = tokio::spawn(server.run(stopped));
+    crate::logging::listening(address, &url);
+    Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, _deploy: deploy })
+}
+
+/// Timed work. Each job that fails says so and tries again at its next turn.
+fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandle<()>> {
+    let every = |period: Duration| {
+        let mut interval = tokio::time::interval(period);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        interval
+    };
+    let follow = {
+        let (pki, mut ticks) = (Arc::clone(pki), every(EPOCH_POLL));
+        tokio::spawn(async move {
+            let mut failing = false;
+            loop {
+                ticks.tick().await;
+                let refreshed = pki.refresh().await;
+                // Said once when it begins, not four times a second.
+                if let (Err(error), false) = (&refreshed, failing) {
+                    tracing::error!(error = chain(error), "epoch_poll_failed");
+                }
+                failing = refreshed.is_err();
+            }
+        })
+    };
+    let forget = {
+        let (pki, mut ticks) = (Arc::clone(pki), every(FORGET_PERIOD));
+        tokio::spawn(async move {
+            loop {
+                ticks.tick().await;
+                if let Err(error) = ephemeral::forget_expired(&pki.store, pki.clock.now().seconds()).await {
+                    tracing::warn!(error = chain(&error), "forget_expired_failed");
+                }
+            }
+        })
+    };
+    let recover = {
+        let (updates, mut ticks) = (Arc::clone(updates), every(RECOVER_PERIOD));
+        tokio::spawn(async move {
+            loop {
+                ticks.tick().await;
+                if let Err(error) = updates.recover().await {
+                    tracing::warn!(error = chain(&error), "update_recovery_failed");
+                }
+            }
+        })
+    };
+    let renew = {
+        let (pki, tls, mut ticks) = (Arc::clone(pki), Arc::clone(tls), every(TLS_PERIOD));
+        // Another replica's update changes the chain that we present: follow the epochs too.
+        let mut epochs = pki.epochs();
+        tokio::spawn(async move {
+            loop {
+                let due = tokio::select! {
+                    _ = ticks.tick() => tls.is_due(pki.clock.now().seconds()),
+                    changed = epochs.changed() => changed.is_ok() && tls.chain_differs(&pki),
+                };
+                if due && let Err(error) = tls.refresh(&pki).await {
+                    tracing::error!(error = chain(&error), "tls_certificate_refresh_failed");
+                }
+            }
+        })
+    };
+    vec![follow, forget, recover, renew]
+}
+
+fn data_dir_error(path: &Path, source: std::io::Error) -> AppError {
+    AppError::DataDir { path: path.display().to_string(), source }
+}
+
+/// Takes the data directory for this process. The lock goes with the process, however it ends.
+fn lock(data_dir: &Path) -> Result<File, AppError> {
+    let path = data_dir.join(LOCK_FILE);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|source| data_dir_error(data_dir, source))?;
+    file.try_lock().map_err(|_| AppError::Locked { path: path.display().to_string() })?;
+    Ok(file)
+}
+
+/// Writes where this process serves, for the command line.
+fn note_url(data_dir: &Path, url: &str) -> std::io::Result<()> {
+    let mut file = File::options().create(true).write(true).truncate(true).open(data_dir.join(LOCK_FILE))?;
+    file.write_all(json!({ "pid": std::process::id(), "url": url }).to_string().as_bytes())
+}
+
+fn replica(data_dir: &Path, entropy: &Entropy) -> std::io::Result<String> {
+    let path = data_dir.join(REPLICA_FILE);
+    if let Ok(name) = std::fs::read_to_string(&path) {
+        return Ok(name.trim().to_owned());
+    }
+    let name = entropy.uuid();
+    std::fs::write(&path, &name)?;
+    Ok(name)
+}
+
+fn server_names(config: &Config) -> ServerNames {
+    let mut dns = Vec::new();
+    let mut ips = Vec::new();
+    let host = config.public_url.as_deref().and_then(|url| url.split_once("://")).map(|(_, rest)| {
+        let authority = rest.split('/').next().unwrap_or(rest);
+        match authority.rsplit_once(':') {
+            Some((host, port)) if port.chars().all(|c| c.is_ascii_digit()) => host,
+            _ => authority,
+        }
+    });
+    let mut add = |host: &str| match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+        Ok(ip) if !ips.contains(&ip) => ips.push(ip),
+        Ok(_) => {}
+        Err(_) if !dns.iter().any(|known: &String| known == host) => dns.push(host.to_owned()),
+        Err(_) => {}
+    };
+    if let Some(host) = host {
+        add(host);
+    }
+    for host in ["localhost", "127.0.0.1", "::1"] {
+        add(host);
+    }
+    if !config.listen.ip().is_unspecified() {
+        add(&config.listen.ip().to_string());
+    }
+    ServerNames { dns, ips }
+}
+
+fn local_url(address: SocketAddr) -> String {
+    if address.ip().is_unspecified() || address.ip().is_loopback() {
+        format!("https://localhost:{}", address.port())
+    } else {
+        format!("https://{address}")
+    }
+}
+
+/// Where a data directory's lock file lies, for the command line.
+#[must_use]
+pub fn lock_path(data_dir: &Path) -> PathBuf {
+    data_dir.join(LOCK_FILE)
+}

@@ -1,0 +1,86 @@
+//! The audit log as its readers see it: the head, a filtered list, and a verification of the whole chain.
+//!
+//! Appending is the business of `store/tx.rs`: an event and what it records commit together.
+
+pub mod http;
+mod store;
+
+use mastio_core::audit::chain::{ChainBreak, Head, Verifier};
+use serde_json::{Value, json};
+
+use crate::store::{Store, StoreError};
+
+/// Rows that one page of the list has at most.
+pub const LIST_ROWS_MAX: i64 = 10_000;
+/// Rows that a verification holds in memory at once.
+const VERIFY_ROWS: i64 = 2048;
+
+/// What a list is filtered by.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Only events of this type.
+    pub event_type: Option<String>,
+    /// Only events before this sequence number: the key of the next page.
+    pub before: Option<i64>,
+    /// Rows at most.
+    pub limit: i64,
+}
+
+/// Events, newest first.
+pub async fn list(store: &Store, filter: &Filter) -> Result<Vec<Value>, StoreError> {
+    let mut tx = store.read().await?;
+    let rows = store::page(&mut tx, filter).await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let details: Value = serde_json::from_str(&row.details).unwrap_or(Value::Null);
+            json!({
+                "seq": row.seq, "id": row.id, "timestamp": row.timestamp, "event_type": row.event_type,
+                "actor": row.actor, "details": details, "prev_hash": row.prev_hash, "hash": row.hash,
+            })
+        })
+        .collect())
+}
+
+/// What a verification found.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Every row follows from the one before, and the last one is the head.
+    Sound(Head),
+    /// The first row that does not.
+    Broken(ChainBreak),
+}
+
+impl Verdict {
+    /// As the API and the command line show it.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        match self {
+            Self::Sound(head) => json!({ "sound": true, "sequence": head.sequence, "hash": head.hash }),
+            Self::Broken(found) => json!({ "sound": false, "reason": found.to_string() }),
+        }
+    }
+}
+
+/// Verifies the chain from its beginning to the head, with bounded memory.
+pub async fn verify(store: &Store) -> Result<Verdict, StoreError> {
+    let mut tx = store.read().await?;
+    let expected = store::head(&mut tx).await?;
+    let mut verifier = Verifier::new();
+    let mut after = 0;
+    loop {
+        let rows = store::page_forward(&mut tx, after, VERIFY_ROWS).await?;
+        let Some(last) = rows.last() else { break };
+        after = last.seq;
+        for row in &rows {
+            if let Err(broken) = verifier.push(row) {
+                return Ok(Verdict::Broken(broken));
+            }
+        }
+    }
+    let head = verifier.head().clone();
+    match verifier.finish(&expected) {
+        Ok(()) => Ok(Verdict::Sound(head)),
+        Err(broken) => Ok(Verdict::Broken(broken)),
+    }
+}

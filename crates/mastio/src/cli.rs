@@ -1,0 +1,695 @@
+//! The command line: what an operator types, turned into the same verbs that HTTP offers.
+//!
+//! `serve` and `demo` run a server. Every other command that needs state talks to the server that holds the data
+//! directory ([`remote`]), and opens the database itself when none does ([`local`]). Both answer with the JSON of the
+//! HTTP API; [`table`] shows it to people, `--json` prints it as it is.
+
+mod local;
+pub(crate) mod remote;
+mod table;
+
+use std::error::Error as StdError;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use mastio_core::error::Kind;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::app::AppError;
+use crate::config::{self, AdminSecret, Config, ConfigError, Flags, Origin, Resolved, Surroundings};
+use crate::entropy::Entropy;
+use crate::http::error::{Problem, chain};
+use crate::store::DatabaseUrl;
+use remote::Remote;
+
+/// How often a running apply is asked where it is.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(150);
+
+/// What a command without a server logs: the halt and the rows that opening the deploy finds are its answer anyway.
+const IN_PROCESS_LOG: &str = "warn,mastio::updates::halt=off,mastio::updates::detector=off";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; the message says at what
+  2  wrong usage or a wrong setting; nothing was done
+  3  refused by the state of the world (HTTP 409 or 412): already applied, not needed, something else comes first
+  4  signing is halted by a pending update";
+
+/// Mastio: the certificate authority, token issuer, MCP gateway and audit log of an organisation's AI agents.
+#[derive(Debug, Parser)]
+#[command(name = "mastio", version, about, after_help = EXIT_CODES, max_term_width = 120)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve HTTPS until SIGTERM.
+    Serve {
+        #[command(flatten)]
+        flags: Flags,
+    },
+    /// Repair a bundled legacy deploy before your eyes, then keep serving it.
+    Demo(crate::demo::Options),
+    /// Show which settings are in force and where each came from, secrets hidden.
+    Config {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        flags: Flags,
+    },
+    /// List, plan, apply and roll back framework updates.
+    #[command(subcommand)]
+    Updates(UpdatesCommand),
+    /// Read and verify the audit log.
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// Work with certificates.
+    #[command(subcommand)]
+    Pki(PkiCommand),
+    /// Look at a predecessor's database without changing it.
+    Adopt {
+        /// Say whether it can be adopted and what would happen. The only mode: adoption itself is `serve`'s.
+        #[arg(long, required = true)]
+        check: bool,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Move the database.
+    #[command(subcommand)]
+    Database(DatabaseCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum UpdatesCommand {
+    /// List updates.
+    List {
+        /// Only those with this status: pending, applied, failed or rolled_back.
+        #[arg(long, value_name = "STATUS")]
+        status: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Compute what an update would change, verify it, and change nothing.
+    Plan {
+        /// The migration id.
+        id: String,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Apply an update.
+    Apply {
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Roll an update back to its snapshot.
+    Rollback {
+        #[command(flatten)]
+        change: Change,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Change {
+    /// The migration id.
+    id: String,
+    /// Do not ask.
+    #[arg(long, short)]
+    yes: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// List events, newest first.
+    List {
+        /// Only events of this type, such as admin.update_applied.
+        #[arg(long, value_name = "TYPE")]
+        event_type: Option<String>,
+        /// Events at most.
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        limit: u32,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Verify the whole chain: any edit, deletion, insertion or reordering is found.
+    Verify {
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PkiCommand {
+    /// Sign the request of an owner who holds the key (BYOCA) under the current Org CA; PEM on standard output.
+    IssueByoca {
+        /// The certificate request, PEM or `-` for standard input.
+        #[arg(long, value_name = "FILE")]
+        csr: PathBuf,
+        /// The agent's name, without the organisation.
+        #[arg(long, value_name = "NAME")]
+        agent_name: String,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DatabaseCommand {
+    /// Copy everything into another, empty database. No server may run on either.
+    Copy {
+        /// Where to: a sqlite: or postgres: URL.
+        #[arg(long, value_name = "URL")]
+        to: String,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Whom a command speaks to, and how it answers.
+#[derive(Debug, Args)]
+struct Target {
+    /// Print JSON, as the HTTP API answers.
+    #[arg(long)]
+    json: bool,
+    /// Talk to the server at this URL instead of the one that holds the data directory.
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// Trust this CA file for --url; without it the machine's own, and none is needed on loopback.
+    #[arg(long, value_name = "FILE", requires = "url")]
+    ca: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// Why a command did not do what was asked; each kind has its exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// A setting is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The command cannot be understood as it was typed.
+    #[error("{0}")]
+    Usage(String),
+    /// The state of the world forbids it.
+    #[error("{0}")]
+    Refused(String),
+    /// Signing is halted.
+    #[error("{0}")]
+    Halted(String),
+    /// Anything else.
+    #[error("{what}")]
+    Failed {
+        /// What failed, and what to do.
+        what: String,
+        /// Why.
+        #[source]
+        cause: Option<Box<dyn StdError + Send + Sync>>,
+    },
+}
+
+impl Failure {
+    /// A failure without a cause below it.
+    pub fn failed(what: impl Into<String>) -> Self {
+        Self::Failed { what: what.into(), cause: None }
+    }
+
+    /// A failure and its cause.
+    pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::Failed { what: what.into(), cause: Some(cause.into()) }
+    }
+
+    /// A capability's own error, by its kind.
+    pub(crate) fn of(problem: &dyn Problem) -> Self {
+        let detail = remote::detail(&problem.detail());
+        match problem.kind() {
+            Kind::Conflict | Kind::OutOfOrder => Self::Refused(detail),
+            Kind::Halted => Self::Halted(detail),
+            Kind::Invalid | Kind::Unprocessable => Self::Usage(detail),
+            // In this process nobody must be kept from the cause.
+            Kind::Internal | Kind::Unavailable => Self::failed(chain(&problem)),
+            _ => Self::failed(detail),
+        }
+    }
+
+    fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Failed { .. } => 1,
+            Self::Config(_) | Self::Usage(_) => 2,
+            Self::Refused(_) => 3,
+            Self::Halted(_) => 4,
+        })
+    }
+}
+
+impl From<AppError> for Failure {
+    fn from(error: AppError) -> Self {
+        match error {
+            AppError::NotInitialised { .. } | AppError::Listen { .. } => Self::Usage(chain(&error)),
+            AppError::Locked { .. }
+            | AppError::DatabaseLost { .. }
+            | AppError::StrictPki(_)
+            | AppError::Adopt(_) => Self::Refused(chain(&error)),
+            AppError::Updates(error) => Self::of(&error),
+            error => Self::because("the deploy cannot be opened", error),
+        }
+    }
+}
+
+/// Reads the command line, does what it says, and tells how it ended. The whole of `main`.
+#[must_use]
+pub fn run() -> ExitCode {
+    let command = CommandLine::parse().command;
+    let done = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::because("the runtime cannot be started", error))
+        .and_then(|runtime| runtime.block_on(execute(command)));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Standard error may be gone; then the exit code alone has to tell.
+            let _gone = writeln!(std::io::stderr(), "mastio: {}", chain(&failure));
+            failure.exit_code()
+        }
+    }
+}
+
+async fn execute(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Serve { flags } => serve(resolve(&flags, AdminSecret::Needed)?).await,
+        Command::Demo(options) => crate::demo::run(options).await,
+        Command::Config { json, flags } => show_config(&resolve(&flags, AdminSecret::Optional)?, json),
+        Command::Updates(command) => updates(command).await,
+        Command::Audit(command) => audit(command).await,
+        Command::Pki(PkiCommand::IssueByoca { csr, agent_name, target }) => {
+            let csr_pem = read_request(&csr)?;
+            let issued = match way(&target)? {
+                Way::Server(remote) => remote.issue_byoca(&agent_name, &csr_pem).await?,
+                Way::InProcess(config) => local::issue_byoca(&config, &agent_name, &csr_pem).await?,
+            };
+            show(&target, &issued, |issued| {
+                issued["cert_pem"].as_str().unwrap_or_default().trim_end().to_owned()
+            })
+        }
+        Command::Adopt { check: _, target } => match way(&target)? {
+            Way::Server(_) => {
+                Err(Failure::Refused("a server runs on this database: it is adopted already".to_owned()))
+            }
+            Way::InProcess(config) => {
+                let report = local::check_adoption(&config).await?;
+                show(&target, &report, table::fields)
+            }
+        },
+        Command::Database(DatabaseCommand::Copy { to, target }) => {
+            let destination = DatabaseUrl::parse(&to)
+                .map_err(|_| Failure::Usage("--to is neither a sqlite: nor a postgres: URL".to_owned()))?;
+            match way(&target)? {
+                Way::Server(_) => {
+                    Err(Failure::Refused("stop the server before its database is copied".to_owned()))
+                }
+                Way::InProcess(config) => {
+                    let report = local::copy_database(&config, &destination).await?;
+                    show(&target, &report, table::fields)
+                }
+            }
+        }
+    }
+}
+
+fn resolve(flags: &Flags, admin_secret: AdminSecret) -> Result<Resolved, ConfigError> {
+    config::resolve(flags, &Surroundings::of_process(), admin_secret, &Entropy::default())
+}
+
+/// Serves until SIGTERM or SIGINT, then lets accepted requests finish.
+async fn serve(resolved: Resolved) -> Result<(), Failure> {
+    crate::logging::init(resolved.config.log_json, &resolved.config.log_filter);
+    for in_force in &resolved.settings {
+        if let Origin::Generated(path) = &in_force.origin {
+            tracing::info!(name = in_force.setting.name, path = %path.display(), "secret_generated");
+        }
+    }
+    if !resolved.unused.is_empty() {
+        tracing::info!(names = resolved.unused.join(","), "settings_unused: this server does not have them");
+    }
+    let stopped = stop_signal()?;
+    let running = crate::app::start(resolved.config).await?;
+    stopped.await;
+    tracing::info!("stopping: accepted requests finish first");
+    running.stop().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Ends at the first SIGTERM or SIGINT. Registered when called, so that no signal is lost while the server starts.
+pub(crate) fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
+    let registered =
+        |kind| signal(kind).map_err(|error| Failure::because("signals cannot be received", error));
+    let (mut terminate, mut interrupt) =
+        (registered(SignalKind::terminate())?, registered(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+fn show_config(resolved: &Resolved, as_json: bool) -> Result<(), Failure> {
+    if !as_json {
+        return print(&table::settings(resolved));
+    }
+    let settings: Vec<Value> = resolved
+        .settings
+        .iter()
+        .map(|in_force| {
+            let origin = match &in_force.origin {
+                Origin::Flag => json!({ "source": "flag" }),
+                Origin::Environment => json!({ "source": "environment" }),
+                Origin::EnvFile(path) => json!({ "source": "env_file", "path": path }),
+                Origin::Generated(path) => json!({ "source": "generated", "path": path }),
+                Origin::Default => json!({ "source": "default" }),
+            };
+            let mut row = json!({
+                "name": in_force.setting.name,
+                "flag": format!("--{}", in_force.setting.flag),
+                "value": in_force.shown,
+                "secret": in_force.setting.secret,
+            });
+            if let (Some(row), Some(origin)) = (row.as_object_mut(), origin.as_object()) {
+                row.extend(origin.clone());
+            }
+            row
+        })
+        .collect();
+    print(&pretty(&json!({ "settings": settings, "unused": resolved.unused })))
+}
+
+async fn updates(command: UpdatesCommand) -> Result<(), Failure> {
+    match command {
+        UpdatesCommand::List { status, target } => {
+            let list = list_updates(&way(&target)?, status.as_deref()).await?;
+            show(&target, &list, table::updates)
+        }
+        UpdatesCommand::Plan { id, target } => {
+            let plan = match way(&target)? {
+                Way::Server(remote) => remote.plan_update(&id).await?,
+                Way::InProcess(config) => local::plan_update(&config, &id).await?,
+            };
+            show(&target, &plan, table::plan)
+        }
+        UpdatesCommand::Apply { change } => change_update(Direction::Apply, &change).await,
+        UpdatesCommand::Rollback { change } => change_update(Direction::Rollback, &change).await,
+    }
+}
+
+async fn list_updates(way: &Way, status: Option<&str>) -> Result<Value, Failure> {
+    match way {
+        Way::Server(remote) => remote.list_updates(status).await,
+        Way::InProcess(config) => local::list_updates(config, status).await,
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Apply,
+    Rollback,
+}
+
+impl Direction {
+    pub(crate) fn verb(self) -> &'static str {
+        match self {
+            Self::Apply => "apply",
+            Self::Rollback => "rollback",
+        }
+    }
+}
+
+async fn change_update(direction: Direction, change: &Change) -> Result<(), Failure> {
+    let way = way(&change.target)?;
+    if !change.yes {
+        terminal(direction)?;
+        let list = list_updates(&way, None).await?;
+        confirm(direction, &change.id, &list)?;
+    }
+    let bar = Progress::new(direction.verb(), change.target.json);
+    let done = match &way {
+        Way::Server(remote) => {
+            // The server's own run goes on whatever becomes of this watcher.
+            let run = remote.change_update(direction, &change.id);
+            tokio::pin!(run);
+            loop {
+                tokio::select! {
+                    done = &mut run => break done,
+                    () = tokio::time::sleep(PROGRESS_PERIOD) => bar.show(remote.progress(&change.id).await.as_ref()),
+                }
+            }
+        }
+        Way::InProcess(config) => {
+            local::change_update(config, direction, &change.id, &|progress| bar.show(Some(progress))).await
+        }
+    };
+    bar.clear();
+    show(&change.target, &done?, table::done)
+}
+
+/// Without a terminal `--yes` has to say it: a script must not change trust by accident.
+fn terminal(direction: Direction) -> Result<(), Failure> {
+    if std::io::stdin().is_terminal() && std::io::stderr().is_terminal() {
+        return Ok(());
+    }
+    let verb = direction.verb();
+    Err(Failure::Usage(format!(
+        "{verb} changes the trust of every agent and there is no terminal to ask on: add --yes"
+    )))
+}
+
+/// Asks on the terminal.
+fn confirm(direction: Direction, id: &str, list: &Value) -> Result<(), Failure> {
+    let verb = direction.verb();
+    let mut out = std::io::stderr();
+    let row = list.as_array().and_then(|rows| rows.iter().find(|row| row["migration_id"] == id));
+    let description = row.and_then(|row| row["description"].as_str()).unwrap_or("not in the list of updates");
+    let mut answer = String::new();
+    write!(out, "{id}: {description}\n{verb} it now? [y/N] ")
+        .and_then(|()| out.flush())
+        .and_then(|()| std::io::stdin().read_line(&mut answer))
+        .map_err(|error| Failure::because("the terminal cannot be asked", error))?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!("{verb} not confirmed: nothing was changed")))
+}
+
+async fn audit(command: AuditCommand) -> Result<(), Failure> {
+    match command {
+        AuditCommand::List { event_type, limit, target } => {
+            let list = match way(&target)? {
+                Way::Server(remote) => remote.list_events(event_type.as_deref(), limit).await?,
+                Way::InProcess(config) => local::list_events(&config, event_type.as_deref(), limit).await?,
+            };
+            show(&target, &list, table::events)
+        }
+        AuditCommand::Verify { target } => {
+            let verdict = match way(&target)? {
+                Way::Server(remote) => remote.verify_audit().await?,
+                Way::InProcess(config) => local::verify_audit(&config).await?,
+            };
+            show(&target, &verdict, table::fields)?;
+            if verdict["sound"] == true {
+                return Ok(());
+            }
+            Err(Failure::failed(
+                "the audit chain is broken: keep the database as it is and compare it with a backup",
+            ))
+        }
+    }
+}
+
+/// How a command reaches the state.
+enum Way {
+    Server(Remote),
+    InProcess(Box<Config>),
+}
+
+fn way(target: &Target) -> Result<Way, Failure> {
+    let config = resolve(&target.flags, AdminSecret::Optional)?.config;
+    let server = |url: &str, ca: Option<&Path>| {
+        if config.admin_secret.is_empty() {
+            let next_step =
+                "the server at this address asks for it; set it in the environment or name its --env-file";
+            return Err(ConfigError::Missing { name: "MCP_PROXY_ADMIN_SECRET", next_step }.into());
+        }
+        Remote::new(url, ca, &config.admin_secret).map(Way::Server)
+    };
+    if let Some(url) = &target.url {
+        return server(url, target.ca.as_deref());
+    }
+    match remote::running_at(&config.data_dir)? {
+        Some(url) => server(&url, None),
+        None => {
+            crate::logging::init(config.log_json, IN_PROCESS_LOG);
+            Ok(Way::InProcess(Box::new(config)))
+        }
+    }
+}
+
+fn read_request(path: &Path) -> Result<String, Failure> {
+    /// Bytes of a certificate request at most.
+    const REQUEST_BYTES_MAX: u64 = 64 * 1024;
+    let read = |source: &mut dyn std::io::Read| {
+        std::io::read_to_string(std::io::Read::take(source, REQUEST_BYTES_MAX))
+    };
+    let text = if path.as_os_str() == "-" {
+        read(&mut std::io::stdin())
+    } else {
+        std::fs::File::open(path).and_then(|mut file| read(&mut file))
+    };
+    text.map_err(|error| {
+        Failure::because(format!("the certificate request {} cannot be read", path.display()), error)
+    })
+}
+
+fn show(target: &Target, answer: &Value, for_people: impl Fn(&Value) -> String) -> Result<(), Failure> {
+    print(&if target.json { pretty(answer) } else { for_people(answer) })
+}
+
+fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string())
+}
+
+/// Writes to standard output. A reader that has gone (`| head`) is not a failure.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::because("standard output cannot be written", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where an update is, on the terminal. Nothing where there is none.
+pub(crate) struct Progress(ProgressBar);
+
+impl Progress {
+    pub(crate) fn new(what: &'static str, quiet: bool) -> Self {
+        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::no_length() };
+        if let Ok(style) =
+            ProgressStyle::with_template("{spinner} {prefix} {msg:<10} {wide_bar} {pos}/{len} {elapsed}")
+        {
+            bar.set_style(style);
+        }
+        bar.set_prefix(what);
+        bar.enable_steady_tick(Duration::from_millis(120));
+        Self(bar)
+    }
+
+    /// Shows `{"phase": …, "done": …, "total": …}`.
+    pub(crate) fn show(&self, progress: Option<&Value>) {
+        let Some(progress) = progress else { return };
+        if let Some(phase) = progress["phase"].as_str() {
+            self.0.set_message(phase.to_owned());
+        }
+        self.0.set_length(progress["total"].as_u64().unwrap_or(0));
+        self.0.set_position(progress["done"].as_u64().unwrap_or(0));
+    }
+
+    pub(crate) fn clear(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Command, clap::error::ErrorKind> {
+        let arguments = std::iter::once(&"mastio").chain(arguments);
+        CommandLine::try_parse_from(arguments).map(|line| line.command).map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_of_the_page_and_the_issue_is_understood() {
+        for line in [
+            "serve",
+            "serve --env-file proxy.env --init --listen 127.0.0.1:0",
+            "demo --once",
+            "config --json",
+            "updates list --status pending --json",
+            "updates plan 2026-04-23-org-ca-pathlen-1",
+            "updates apply 2026-04-23-org-ca-pathlen-1 --yes --json",
+            "updates rollback 2026-04-23-org-ca-pathlen-1 -y --url https://localhost:9443",
+            "audit list --event-type admin.update_applied --limit 5",
+            "audit verify",
+            "pki issue-byoca --csr agent.csr --agent-name billing",
+            "adopt --check",
+            "database copy --to postgres://cullis@db/cullis",
+        ] {
+            let arguments: Vec<&str> = line.split(' ').collect();
+            assert!(parsed(&arguments).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_command_line_is_refused() {
+        for line in [
+            "",
+            "updates",
+            "updates apply",
+            "audit list --limit 0",
+            "adopt",
+            "config --ca x",
+            "serve --port 1",
+        ] {
+            let arguments: Vec<&str> = line.split_terminator(' ').collect();
+            assert!(parsed(&arguments).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn each_kind_of_failure_has_its_exit_code() {
+        let missing = ConfigError::Missing { name: "MCP_PROXY_TLS_KEY", next_step: "set it" };
+        for (failure, code) in [
+            (Failure::failed("x"), 1),
+            (Failure::from(missing), 2),
+            (Failure::Usage("x".to_owned()), 2),
+            (Failure::Refused("x".to_owned()), 3),
+            (Failure::Halted("x".to_owned()), 4),
+        ] {
+            assert_eq!(
+                format!("{:?}", failure.exit_code()),
+                format!("{:?}", ExitCode::from(code)),
+                "{failure}"
+            );
+        }
+    }
+
+    #[test]
+    fn help_names_every_setting_by_its_environment_name_and_the_exit_codes() {
+        let mut command = CommandLine::command();
+        assert!(command.render_help().to_string().contains("4  signing is halted"));
+        let serve = command.find_subcommand_mut("serve").unwrap().render_long_help().to_string();
+        let serve = serve.split_whitespace().collect::<Vec<_>>().join(" ");
+        for setting in &config::SETTINGS {
+            assert!(serve.contains(&format!("[env: {}]", setting.name)), "{}", setting.name);
+            assert!(serve.contains(&format!("--{} <{}>", setting.flag, setting.value)), "{}", setting.flag);
+        }
+    }
+}

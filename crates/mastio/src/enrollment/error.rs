@@ -1,0 +1,142 @@
+//! Why a certificate does not prove an agent, and why an agent could not be created.
+
+use mastio_core::error::Kind;
+use mastio_core::x509::path::PathError;
+use serde_json::{Value, json};
+
+use crate::http::error::Problem;
+use crate::pki::PkiError;
+use crate::store::StoreError;
+
+/// Why a client certificate is refused: 401, but for the last two.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The connection has none.
+    #[error("this route needs a client certificate")]
+    Missing,
+    /// It cannot be read.
+    #[error("the client certificate cannot be read")]
+    Malformed,
+    /// It names no agent.
+    #[error("the client certificate names no agent: neither a SPIFFE URI nor a common name org::name")]
+    NoIdentity,
+    /// It names another organisation.
+    #[error("the client certificate names another organisation")]
+    OrgMismatch,
+    /// The assertion's subject is not the certificate's agent.
+    #[error("the assertion's subject is not the agent that its certificate names")]
+    SubjectMismatch,
+    /// No such agent, or it is deactivated.
+    #[error("the agent is unknown or inactive: enroll it, or ask the operator")]
+    UnknownOrInactive,
+    /// The certificate is not registered for the agent.
+    #[error("the client certificate is not the one registered for this agent")]
+    PinMismatch,
+    /// It does not chain to an anchor.
+    #[error("the client certificate does not chain to this organisation's CA")]
+    Path(#[source] PathError),
+    /// The agent has used its allowance up.
+    #[error("this agent asks too often: wait, or raise MCP_PROXY_RATE_LIMIT_PER_MINUTE")]
+    Limited,
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl IdentityError {
+    /// Stable, snake case.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Missing => "client_cert_required",
+            Self::Malformed => "client_cert_malformed",
+            Self::NoIdentity => "client_cert_no_identity",
+            Self::OrgMismatch => "client_cert_org_mismatch",
+            Self::SubjectMismatch => "assertion_subject_mismatch",
+            Self::UnknownOrInactive => "agent_unknown_or_inactive",
+            Self::PinMismatch => "client_cert_pin_mismatch",
+            Self::Path(_) => "client_cert_path_invalid",
+            Self::Limited => "rate_limited",
+            Self::Store(_) => "unavailable",
+        }
+    }
+}
+
+impl Problem for IdentityError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Limited => Kind::Limited,
+            Self::Store(error) => error.kind(),
+            _ => Kind::Unauthenticated,
+        }
+    }
+
+    fn detail(&self) -> Value {
+        match self {
+            Self::Store(_) => json!("the database is not available"),
+            Self::Path(cause) => {
+                json!({ "reason": self.reason(), "path": cause.reason(), "hint": self.to_string() })
+            }
+            _ => json!({ "reason": self.reason(), "hint": self.to_string() }),
+        }
+    }
+}
+
+/// Why an agent could not be created or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrollmentError {
+    /// The id is taken.
+    #[error("agent {0} exists already")]
+    Exists(String),
+    /// No such agent.
+    #[error("no agent {0}")]
+    Unknown(String),
+    /// A field is not what it should be.
+    #[error("{field} {problem}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The state kept changing while we signed.
+    #[error("the PKI state kept changing: try again")]
+    Busy,
+    /// The certificate authority.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Problem for EnrollmentError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Exists(_) => Kind::Conflict,
+            Self::Unknown(_) => Kind::NotFound,
+            Self::Field { .. } => Kind::Unprocessable,
+            Self::Busy => Kind::Unavailable,
+            Self::Pki(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+        }
+    }
+
+    fn detail(&self) -> Value {
+        match self {
+            Self::Field { field, .. } => {
+                json!([{ "type": "value_error", "loc": ["body", field], "msg": self.to_string(), "input": null }])
+            }
+            Self::Pki(error) => error.detail(),
+            Self::Store(_) => json!("the database is not available"),
+            other => json!(other.to_string()),
+        }
+    }
+
+    fn header(&self) -> Option<(axum::http::HeaderName, axum::http::HeaderValue)> {
+        match self {
+            Self::Pki(error) => error.header(),
+            _ => None,
+        }
+    }
+}

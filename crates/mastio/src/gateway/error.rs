@@ -1,0 +1,170 @@
+//! Why the gateway refuses, grouped by whose fault it is, and which JSON-RPC error or status that becomes.
+
+use mastio_core::error::Kind;
+use serde_json::{Value, json};
+
+use super::jsonrpc::{RpcError, code};
+use super::upstream::UpstreamError;
+use crate::http::error::Problem;
+use crate::store::StoreError;
+use crate::store::group::AppendError;
+
+/// A field of a request that is not what it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldProblem {
+    /// The field's name in the body.
+    pub field: &'static str,
+    /// What it should be.
+    pub message: String,
+}
+
+/// Why the gateway did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    // The caller's request is wrong.
+    /// Fields of the body are not what they should be.
+    #[error("{} fields of the body are not valid", .0.len())]
+    Fields(Vec<FieldProblem>),
+    /// The arguments of a tool call are too large.
+    #[error("Invalid params: arguments have {found} bytes, at most {bytes_max} are allowed")]
+    ArgumentsTooLarge {
+        /// Bytes of the arguments, as compact JSON.
+        found: usize,
+        /// Bytes that are allowed.
+        bytes_max: usize,
+    },
+    /// A DPoP proof was used before.
+    #[error("DPoP proof replay detected")]
+    Replayed,
+
+    // The caller may not.
+    /// There is no tool of this name.
+    #[error("Unknown tool: {0}")]
+    UnknownTool(String),
+    /// The caller has no active binding to the tool.
+    #[error("Forbidden: no active binding for tool '{0}'")]
+    NoBinding(String),
+    /// The caller lacks the capability that the tool requires.
+    #[error("Forbidden: missing capability '{0}'")]
+    MissingCapability(String),
+
+    // The world is otherwise.
+    /// What the caller was judged by has changed, twice, while the request was served.
+    #[error("the caller's standing changed while the request was served: sign in again")]
+    StandingChanged,
+    /// A resource of this name exists.
+    #[error("MCP resource '{0}' already exists")]
+    NameTaken(String),
+    /// There are as many resources as there may be.
+    #[error("there are {0} MCP resources already: delete one first")]
+    TooManyResources(i64),
+    /// The agent has an active binding to the resource.
+    #[error("an active binding for this agent and resource already exists")]
+    AlreadyBound,
+    /// There is no such resource.
+    #[error("MCP resource not found")]
+    UnknownResource,
+    /// There is no such binding, or it is revoked already.
+    #[error("binding not found")]
+    UnknownBinding,
+
+    // The upstream server failed.
+    /// An upstream call did not give a result.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+
+    // We cannot, right now or by our own fault.
+    /// More requests wait to be recorded than there is room for.
+    #[error("the server is busy: try again")]
+    Busy,
+    /// The audit log cannot be written, so the request is refused.
+    #[error("the audit log cannot be written: try again")]
+    AuditUnavailable,
+    /// The database.
+    #[error("the database is not available")]
+    Store(#[from] StoreError),
+    /// An answer could not be written as JSON.
+    #[error("an answer cannot be written as JSON")]
+    Json(#[from] serde_json::Error),
+    /// The HTTP client for upstream servers could not be built.
+    #[error("the HTTP client for upstream servers cannot be built")]
+    Client(#[from] reqwest::Error),
+    /// The TLS library refused its configuration.
+    #[error("the TLS configuration for upstream servers cannot be built")]
+    Tls(#[from] rustls::Error),
+    /// A task that served a request was stopped.
+    #[error("a task that served a request was stopped")]
+    Stopped,
+}
+
+impl GatewayError {
+    /// The error as a JSON-RPC caller sees it, where it is an answer to a call rather than a refusal to serve.
+    #[must_use]
+    pub fn as_rpc(&self) -> Option<RpcError> {
+        let code = match self {
+            Self::ArgumentsTooLarge { .. } => code::INVALID_PARAMS,
+            Self::UnknownTool(_) => code::UNKNOWN_TOOL,
+            Self::NoBinding(_) => code::NO_BINDING,
+            Self::MissingCapability(_) => code::TOOL_ERROR,
+            Self::Upstream(error) => error.code(),
+            _ => return None,
+        };
+        Some(RpcError::new(code, self.to_string()))
+    }
+
+    /// One word for the audit log.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::ArgumentsTooLarge { .. } => "arguments_too_large",
+            Self::UnknownTool(_) => "unknown_tool",
+            Self::NoBinding(_) => "no_binding",
+            Self::MissingCapability(_) => "missing_capability",
+            Self::Upstream(error) => error.reason(),
+            _ => "internal",
+        }
+    }
+}
+
+impl From<AppendError> for GatewayError {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Replayed => Self::Replayed,
+            AppendError::Stale => Self::StandingChanged,
+            AppendError::Busy => Self::Busy,
+            AppendError::Unavailable => Self::AuditUnavailable,
+        }
+    }
+}
+
+impl Problem for GatewayError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Fields(_) | Self::ArgumentsTooLarge { .. } => Kind::Unprocessable,
+            Self::Replayed | Self::StandingChanged => Kind::Unauthenticated,
+            Self::NoBinding(_) | Self::MissingCapability(_) => Kind::Denied,
+            Self::NameTaken(_) | Self::TooManyResources(_) | Self::AlreadyBound => Kind::Conflict,
+            Self::UnknownTool(_) | Self::UnknownResource | Self::UnknownBinding => Kind::NotFound,
+            Self::Upstream(_) | Self::Busy | Self::AuditUnavailable => Kind::Unavailable,
+            Self::Store(error) => error.kind(),
+            Self::Json(_) | Self::Client(_) | Self::Tls(_) | Self::Stopped => Kind::Internal,
+        }
+    }
+
+    fn detail(&self) -> Value {
+        match self {
+            Self::Fields(problems) => problems
+                .iter()
+                .map(|problem| {
+                    json!({
+                        "type": "value_error",
+                        "loc": ["body", problem.field],
+                        "msg": problem.message,
+                        "input": null,
+                    })
+                })
+                .collect(),
+            other => Value::String(other.to_string()),
+        }
+    }
+}

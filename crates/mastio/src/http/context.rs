@@ -1,0 +1,32 @@
+//! Who asked, from where, and when: fixed once for each request.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use mastio_core::time::UnixMicros;
+
+/// What the connection and the clock say about a request. Handlers read the clock here and nowhere else.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Unique for each request; in every log line about it.
+    pub request_id: String,
+    /// When the request arrived.
+    pub now: UnixMicros,
+    /// The other end of the connection.
+    pub peer: SocketAddr,
+    /// DER of the certificate whose key the TLS handshake (or a configured front) proved. Nothing else about it
+    /// is known yet: path, standing and revocation are judged where an identity is needed.
+    pub client_certificate: Option<Arc<[u8]>>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Context {
+    type Rejection = super::error::ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
+        parts.extensions.get::<Self>().cloned().ok_or_else(|| {
+            super::error::ApiError::new(mastio_core::error::Kind::Internal, "Internal server error")
+        })
+    }
+}

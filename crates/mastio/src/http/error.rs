@@ -1,0 +1,117 @@
+//! The one place where an error becomes a status code and a body.
+//!
+//! The body is `{"detail": …}` (wire contract §2). A failure on our side says nothing of its cause; the cause is
+//! in the log, with the request id.
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use mastio_core::error::Kind;
+use serde_json::{Value, json};
+
+/// Seconds after which a caller may try again when signing is halted.
+const HALTED_RETRY_AFTER_S: u32 = 30;
+/// Seconds after which a caller may try again when we are overloaded or the database is away.
+const UNAVAILABLE_RETRY_AFTER_S: u32 = 1;
+/// Seconds after which a caller may try again when it asked too often.
+const LIMITED_RETRY_AFTER_S: u32 = 60;
+
+/// What a capability's error tells this module.
+pub trait Problem: std::error::Error {
+    /// Its class, which decides the status.
+    fn kind(&self) -> Kind;
+
+    /// What the caller reads. Not used for [`Kind::Internal`].
+    fn detail(&self) -> Value {
+        Value::String(self.to_string())
+    }
+
+    /// A header that goes with it.
+    fn header(&self) -> Option<(HeaderName, HeaderValue)> {
+        None
+    }
+}
+
+/// An error on its way to the caller.
+#[derive(Debug)]
+pub struct ApiError {
+    kind: Kind,
+    // Boxed: an error is the rare branch of every result that carries it.
+    detail: Box<Value>,
+    header: Option<Box<(HeaderName, HeaderValue)>>,
+}
+
+impl ApiError {
+    /// An error that is the caller's and needs no type of its own.
+    pub fn new(kind: Kind, detail: impl Into<Value>) -> Self {
+        Self { kind, detail: Box::new(detail.into()), header: None }
+    }
+
+    fn status(&self) -> StatusCode {
+        match self.kind {
+            Kind::Invalid => StatusCode::BAD_REQUEST,
+            Kind::Unprocessable => StatusCode::UNPROCESSABLE_ENTITY,
+            Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Kind::Denied => StatusCode::FORBIDDEN,
+            Kind::NotFound => StatusCode::NOT_FOUND,
+            Kind::Conflict => StatusCode::CONFLICT,
+            Kind::OutOfOrder => StatusCode::PRECONDITION_FAILED,
+            Kind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Kind::Limited => StatusCode::TOO_MANY_REQUESTS,
+            Kind::Halted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl<E: Problem> From<E> for ApiError {
+    fn from(error: E) -> Self {
+        let kind = error.kind();
+        let detail = match kind {
+            Kind::Internal => {
+                tracing::error!(error = chain(&error), "request_failed");
+                json!("Internal server error")
+            }
+            Kind::Unavailable => {
+                tracing::warn!(error = chain(&error), "request_refused_unavailable");
+                error.detail()
+            }
+            _ => error.detail(),
+        };
+        Self { kind, detail: Box::new(detail), header: error.header().map(Box::new) }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let mut response = (status, axum::Json(json!({ "detail": self.detail }))).into_response();
+        let headers = response.headers_mut();
+        let retry_after_s = match self.kind {
+            Kind::Halted => Some(HALTED_RETRY_AFTER_S),
+            Kind::Unavailable => Some(UNAVAILABLE_RETRY_AFTER_S),
+            Kind::Limited => Some(LIMITED_RETRY_AFTER_S),
+            _ => None,
+        };
+        if let Some(seconds) = retry_after_s {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(header) = self.header {
+            let (name, value) = *header;
+            headers.insert(name, value);
+        }
+        response
+    }
+}
+
+/// An error with every cause below it: `a: b: c`.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,106 @@
+//! Rate limits: how much one caller, or all together, may ask for.
+//!
+//! The generic cell rate algorithm: a caller may use a minute's allowance at once and then gets it back evenly. One
+//! number a caller is all that is kept. Counted in this process; replicas count for themselves.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use mastio_core::error::Kind;
+use mastio_core::time::UnixMicros;
+
+use super::context::Context;
+use super::error::ApiError;
+
+/// Callers that are remembered at most; those who have nothing used up are forgotten first.
+const CALLERS_MAX: usize = 100_000;
+const MINUTE_US: i64 = 60_000_000;
+const SECOND_US: i64 = 1_000_000;
+
+/// An allowance for each caller.
+pub struct RateLimit {
+    /// Microseconds that one request costs; 0 is no limit.
+    cost_us: i64,
+    /// Microseconds that a caller may be ahead: the whole window's allowance at once.
+    ahead_us_max: i64,
+    /// Until when each caller's allowance is used up.
+    used_until_us: Mutex<HashMap<String, i64>>,
+}
+
+impl RateLimit {
+    /// `requests` a minute for each caller; 0 is no limit.
+    #[must_use]
+    pub fn per_minute(requests: u32) -> Self {
+        Self::new(requests, MINUTE_US)
+    }
+
+    /// `requests` a second; 0 is no limit.
+    #[must_use]
+    pub fn per_second(requests: u32) -> Self {
+        Self::new(requests, SECOND_US)
+    }
+
+    fn new(requests: u32, window_us: i64) -> Self {
+        let cost_us = if requests == 0 { 0 } else { (window_us / i64::from(requests)).max(1) };
+        Self { cost_us, ahead_us_max: window_us, used_until_us: Mutex::default() }
+    }
+
+    /// Takes one request from the allowance of `caller`. False: there is none left.
+    #[must_use]
+    pub fn admit(&self, caller: &str, now: UnixMicros) -> bool {
+        if self.cost_us == 0 {
+            return true;
+        }
+        let mut used = self.used_until_us.lock().unwrap_or_else(PoisonError::into_inner);
+        if used.len() >= CALLERS_MAX && !used.contains_key(caller) {
+            used.retain(|_, until| *until > now.0);
+        }
+        let until = used.get(caller).copied().unwrap_or(0).max(now.0) + self.cost_us;
+        if until - now.0 > self.ahead_us_max {
+            return false;
+        }
+        used.insert(caller.to_owned(), until);
+        true
+    }
+}
+
+/// Sheds requests over the whole server's rate, except those that tell how it fares.
+pub async fn shed(State(limit): State<std::sync::Arc<RateLimit>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let exempt = path.starts_with("/health")
+        || path == "/readyz"
+        || path == "/metrics"
+        || path.starts_with("/.well-known/");
+    let now = request.extensions().get::<Context>().map(|context| context.now);
+    if !exempt && now.is_some_and(|now| !limit.admit("", now)) {
+        return ApiError::new(Kind::Unavailable, "the server's request rate is exceeded: try again")
+            .into_response();
+    }
+    next.run(request).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minute_s_allowance_may_be_used_at_once_and_comes_back_evenly() {
+        let limit = RateLimit::per_minute(60);
+        let at = |seconds: i64| UnixMicros(1_000_000_000_000 + seconds * SECOND_US);
+        let admitted = (0..100).filter(|_| limit.admit("a", at(0))).count();
+        assert_eq!(admitted, 60);
+        assert!(!limit.admit("a", at(0)));
+        assert!(limit.admit("b", at(0)), "another caller has its own");
+        assert!(limit.admit("a", at(1)), "a second gives one back");
+        assert!(!limit.admit("a", at(1)));
+    }
+
+    #[test]
+    fn zero_is_no_limit() {
+        let limit = RateLimit::per_minute(0);
+        assert!((0..10_000).all(|_| limit.admit("a", UnixMicros(0))));
+    }
+}

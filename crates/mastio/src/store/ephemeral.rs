@@ -1,0 +1,59 @@
+//! What lives for minutes and may change without an audit event: identifiers that may be used once, and
+//! login challenges.
+//!
+//! A used identifier (`jti` of a DPoP proof or of a client assertion) is burnt by the commit of what it was used
+//! for, see [`super::group`]; here are the rest of its life and its end.
+
+use mastio_core::time::UnixTime;
+
+use super::{Query as _, Store, StoreError};
+use crate::values;
+
+/// Keeps a login challenge for `agent_id` until `expires_at`.
+pub async fn store_challenge(
+    store: &Store,
+    nonce: &str,
+    agent_id: &str,
+    expires_at: UnixTime,
+) -> Result<(), StoreError> {
+    let mut tx = store.write().await?;
+    tx.execute(
+        "INSERT INTO login_challenges (nonce, agent_id, expires_at) VALUES ($1, $2, $3)",
+        values![nonce, agent_id, expires_at.0],
+    )
+    .await?;
+    tx.commit_unaudited().await
+}
+
+/// Takes a login challenge, once: true when it was there, for this agent, and had not expired.
+///
+/// A challenge that is asked for by another agent or too late is gone all the same.
+pub async fn take_challenge(
+    store: &Store,
+    nonce: &str,
+    agent_id: &str,
+    now: UnixTime,
+) -> Result<bool, StoreError> {
+    let mut tx = store.write().await?;
+    let taken = tx
+        .row("DELETE FROM login_challenges WHERE nonce = $1 RETURNING agent_id, expires_at", values![nonce])
+        .await?;
+    tx.commit_unaudited().await?;
+    let Some(row) = taken else { return Ok(false) };
+    Ok(row.text(0)? == agent_id && row.integer(1)? > now.0)
+}
+
+/// Forgets what has expired. Identifiers are kept past their window by the clock leeway, or a proof
+/// that is still acceptable could be replayed.
+pub async fn forget_expired(store: &Store, now: UnixTime) -> Result<u64, StoreError> {
+    let mut tx = store.write().await?;
+    let mut forgotten = 0;
+    for statement in [
+        "DELETE FROM used_jwt_ids WHERE expires_at < $1",
+        "DELETE FROM login_challenges WHERE expires_at < $1",
+    ] {
+        forgotten += tx.execute(statement, values![now.0]).await?;
+    }
+    tx.commit_unaudited().await?;
+    Ok(forgotten)
+}

@@ -1,0 +1,169 @@
+//! Grouped commits: requests that arrive together share one durable commit.
+//!
+//! A disk syncs a few hundred times a second, a mint takes a fifth of a millisecond. So the token path and the
+//! gateway hand what they want recorded to one task, which takes everything that waits, writes it in a few
+//! multi-row statements, commits once and only then answers each. Under the lock it refuses, one by one, what
+//! carries an identifier that was used before (replay) or a permit of an epoch that has passed (I1).
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use mastio_core::audit::event::Event;
+use mastio_core::time::UnixTime;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Store, StoreError, Value};
+
+/// Requests that may wait for the next commit. One more is refused with 503.
+const QUEUE_REQUESTS_MAX: usize = 4096;
+/// Requests that share one commit.
+const GROUP_REQUESTS_MAX: usize = 256;
+/// Pause between two commits on SQLite, so that an operator's `sqlite3`, which does not wait, gets in.
+const SQLITE_PAUSE: Duration = Duration::from_micros(500);
+
+/// An identifier that may be used once.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct OneUse {
+    /// What the identifier is unique within, with the identifier itself: `dpop:<jkt>:<jti>`.
+    pub id: String,
+    /// When it may be forgotten.
+    pub expires_at: UnixTime,
+}
+
+/// What one request wants recorded.
+#[derive(Debug, Clone, Default)]
+pub struct Append {
+    /// Events for the audit chain, in order.
+    pub events: Vec<Event>,
+    /// Identifiers that this request uses up.
+    pub one_use: Vec<OneUse>,
+    /// The epoch under which something was signed or an identity was judged; a later one refuses the request.
+    pub epoch: Option<i64>,
+}
+
+/// Why a request was not recorded. Nothing of it is in the database then.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// An identifier was used before.
+    #[error("an identifier that may be used once was used before")]
+    Replayed,
+    /// The epoch has moved since the permit was given.
+    #[error("the epoch has moved since the permit was given")]
+    Stale,
+    /// More requests wait than there is room for.
+    #[error("more requests wait to be recorded than there is room for")]
+    Busy,
+    /// The database did not commit.
+    #[error("the audit log cannot be written")]
+    Unavailable,
+}
+
+/// Told of every group that did not commit.
+pub type OnFailure = Box<dyn Fn() + Send + Sync>;
+
+type Reply = oneshot::Sender<Result<i64, AppendError>>;
+
+/// The task that commits, seen from the requests. Cheap to clone.
+#[derive(Clone)]
+pub struct Journal(mpsc::Sender<(Append, Reply)>);
+
+impl Journal {
+    /// Starts the task. It ends when every [`Journal`] is gone and everything waiting is durable.
+    #[must_use]
+    pub fn start(store: Store, on_failure: OnFailure) -> (Self, tokio::task::JoinHandle<()>) {
+        let (sender, receiver) = mpsc::channel(QUEUE_REQUESTS_MAX);
+        (Self(sender), tokio::spawn(run(store, on_failure, receiver)))
+    }
+
+    /// Records `append` durably and gives the chain's sequence number after it.
+    ///
+    /// Errors: [`AppendError`]; nothing of `append` was recorded then.
+    pub async fn append(&self, append: Append) -> Result<i64, AppendError> {
+        let (reply, answer) = oneshot::channel();
+        self.0.try_send((append, reply)).map_err(|_| AppendError::Busy)?;
+        answer.await.unwrap_or(Err(AppendError::Unavailable))
+    }
+}
+
+async fn run(store: Store, on_failure: OnFailure, mut receiver: mpsc::Receiver<(Append, Reply)>) {
+    let mut group = Vec::with_capacity(GROUP_REQUESTS_MAX);
+    while receiver.recv_many(&mut group, GROUP_REQUESTS_MAX).await > 0 {
+        let (requests, replies): (Vec<_>, Vec<_>) = group.drain(..).unzip();
+        match commit(&store, requests).await {
+            Ok(outcomes) => {
+                for (reply, outcome) in replies.into_iter().zip(outcomes) {
+                    // A caller that went away does not need its answer.
+                    let _gone = reply.send(outcome);
+                }
+            }
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "audit_append_failed");
+                on_failure();
+                for reply in replies {
+                    let _gone = reply.send(Err(AppendError::Unavailable));
+                }
+            }
+        }
+        if store.sqlite_path().is_some() {
+            tokio::time::sleep(SQLITE_PAUSE).await;
+        }
+    }
+}
+
+async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, AppendError>>, StoreError> {
+    let mut tx = store.write().await?;
+    let stale = |append: &Append| append.epoch.is_some_and(|epoch| epoch != tx.epoch());
+    let mut outcomes: Vec<Result<i64, AppendError>> =
+        requests.iter().map(|append| if stale(append) { Err(AppendError::Stale) } else { Ok(0) }).collect();
+
+    // Two requests of one group may carry the same identifier: the first in line has it.
+    let mut seen = HashSet::new();
+    for (append, outcome) in requests.iter().zip(&mut outcomes) {
+        if outcome.is_ok() && append.one_use.iter().any(|one_use| seen.contains(&one_use.id)) {
+            *outcome = Err(AppendError::Replayed);
+        } else if outcome.is_ok() {
+            seen.extend(append.one_use.iter().map(|one_use| one_use.id.clone()));
+        }
+    }
+    let burnt = burn(&mut tx, requests.iter().zip(&outcomes)).await?;
+    for (append, outcome) in requests.iter().zip(&mut outcomes) {
+        if outcome.is_ok() && append.one_use.iter().any(|one_use| !burnt.contains(&one_use.id)) {
+            *outcome = Err(AppendError::Replayed);
+            // The refused request leaves no trace: what it did burn is whole again.
+            for one_use in append.one_use.iter().filter(|one_use| burnt.contains(&one_use.id)) {
+                tx.execute("DELETE FROM used_jwt_ids WHERE jwt_id = $1", crate::values![&one_use.id]).await?;
+            }
+        }
+    }
+    let events: Vec<Event> = requests
+        .into_iter()
+        .zip(&outcomes)
+        .filter(|(_, outcome)| outcome.is_ok())
+        .flat_map(|(append, _)| append.events)
+        .collect();
+    let committed = tx.commit(&events).await?;
+    for outcome in outcomes.iter_mut().flatten() {
+        *outcome = committed.sequence;
+    }
+    Ok(outcomes)
+}
+
+/// Writes the identifiers that are new and tells which.
+async fn burn<'a>(
+    tx: &mut super::WriteTx,
+    requests: impl Iterator<Item = (&'a Append, &'a Result<i64, AppendError>)>,
+) -> Result<HashSet<String>, StoreError> {
+    let rows: Vec<Vec<Value>> = requests
+        .filter(|(_, outcome)| outcome.is_ok())
+        .flat_map(|(append, _)| &append.one_use)
+        .map(|one_use| vec![Value::from(&one_use.id), Value::from(one_use.expires_at.0)])
+        .collect();
+    let written = tx
+        .insert_many_returning(
+            "used_jwt_ids (jwt_id, expires_at)",
+            &rows,
+            "ON CONFLICT (jwt_id) DO NOTHING RETURNING jwt_id",
+        )
+        .await?;
+    written.iter().map(|row| row.text(0)).collect()
+}

@@ -1,0 +1,106 @@
+//! The tables, as an ordered list of steps with checksums.
+//!
+//! A step is released once and never edited: its checksum in the database is compared at every boot. To add one,
+//! write `s0002_<what>.rs`, and put its line at the marked place in [`STEPS`]. A step is plain SQL, the same
+//! on both databases; what only one of them can say (triggers) stands beside it.
+
+mod s0001_foundation;
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use super::{Query as _, Store, StoreError, WriteTx};
+use crate::values;
+
+/// One change of the tables.
+pub struct Step {
+    /// Position in the order, from 1.
+    pub number: i64,
+    /// What it is for.
+    pub name: &'static str,
+    /// Statements for both databases, separated by lines of `--;`.
+    pub both: &'static str,
+    /// Statements for SQLite alone.
+    pub sqlite: &'static str,
+    /// Statements for PostgreSQL alone.
+    pub postgres: &'static str,
+}
+
+/// Every step, oldest first.
+pub const STEPS: &[Step] = &[
+    s0001_foundation::STEP,
+    // The next step goes here.
+];
+
+impl Step {
+    fn checksum(&self) -> String {
+        let text = [self.both, self.sqlite, self.postgres].join("\u{1f}");
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, text.as_bytes());
+        digest.as_ref().iter().fold(String::new(), |mut hex, byte| {
+            // Writing to a String cannot fail.
+            let _infallible = write!(hex, "{byte:02x}");
+            hex
+        })
+    }
+}
+
+/// Brings the database to the newest step, under a lock, in one transaction.
+///
+/// Errors: [`StoreError::SchemaChanged`] and [`StoreError::SchemaNewer`] when another program made it.
+pub async fn migrate(store: &Store) -> Result<(), StoreError> {
+    let mut tx =
+        WriteTx::begin_schema(&store.backend, Arc::clone(&store.clock), Arc::clone(&store.entropy)).await?;
+    apply(&mut tx, &store.clock.now().seconds().to_rfc3339()).await?;
+    tx.commit_unaudited().await
+}
+
+/// The steps inside a transaction that does more: adoption extends and converts in one.
+pub async fn apply(tx: &mut WriteTx, now: &str) -> Result<(), StoreError> {
+    tx.execute(
+        "CREATE TABLE IF NOT EXISTS mastio_schema (step BIGINT PRIMARY KEY, name TEXT NOT NULL, \
+         checksum TEXT NOT NULL, applied_at TEXT NOT NULL)",
+        &[],
+    )
+    .await?;
+    let done = tx.rows("SELECT step, checksum FROM mastio_schema ORDER BY step", &[]).await?;
+    let known = STEPS.last().map_or(0, |step| step.number);
+    for row in &done {
+        let (found_step, found) = (row.integer(0)?, row.text(1)?);
+        let Some(step) = STEPS.iter().find(|step| step.number == found_step) else {
+            return Err(StoreError::SchemaNewer { found: found_step, known });
+        };
+        if step.checksum() != found {
+            return Err(StoreError::SchemaChanged { step: found_step, found, expected: step.checksum() });
+        }
+    }
+    for step in STEPS.iter().skip(done.len()) {
+        let own = if tx.is_postgres() { step.postgres } else { step.sqlite };
+        for statement in step.both.split("--;").chain(own.split("--;")).map(str::trim) {
+            if !statement.is_empty() {
+                tx.execute(statement, &[]).await?;
+            }
+        }
+        tx.execute(
+            "INSERT INTO mastio_schema (step, name, checksum, applied_at) VALUES ($1, $2, $3, $4)",
+            values![step.number, step.name, step.checksum(), now],
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+/// Whether the database holds anything of ours. False for an empty one and for a predecessor's.
+pub async fn is_ours(store: &Store) -> Result<bool, StoreError> {
+    has_table(store, "mastio_schema").await
+}
+
+/// Whether a table of this name exists.
+pub async fn has_table(store: &Store, table: &'static str) -> Result<bool, StoreError> {
+    let mut tx = store.read().await?;
+    let sql = if store.sqlite_path().is_some() {
+        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = $1"
+    } else {
+        "SELECT 1::bigint FROM information_schema.tables WHERE table_schema = current_schema() AND table_name = $1"
+    };
+    Ok(tx.row(sql, values![table]).await?.is_some())
+}

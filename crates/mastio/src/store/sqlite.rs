@@ -1,0 +1,110 @@
+//! What is SQLite's alone: how a file is opened, how a write transaction takes its lock, how cells are read.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _, TypeInfo as _, ValueRef as _};
+
+use super::StoreError;
+use super::value::{Cell, Row, Value};
+
+/// How long a statement waits for another process's lock (an operator's `sqlite3`) before it fails.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a request waits for a connection before it is refused with 503.
+pub(super) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections that only read. Two cores are busy with fewer.
+const READERS_MAX: u32 = 4;
+
+/// One connection that writes, and a few that read.
+pub(super) struct Pools {
+    pub writer: SqlitePool,
+    pub readers: SqlitePool,
+}
+
+fn options(path: &Path, create: bool) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(create)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        // A deleted key must not stay readable in a free page of the file.
+        .pragma("secure_delete", "ON")
+        .statement_cache_capacity(512)
+}
+
+/// Puts the file into WAL mode, rewrites it, and empties its log.
+pub(super) async fn scrub(path: &Path) -> Result<(), StoreError> {
+    let mut connection = options(path, false).connect().await?;
+    for statement in [
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+        "VACUUM",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+    ] {
+        sqlx::raw_sql(statement).execute(&mut connection).await?;
+    }
+    Ok(connection.close().await?)
+}
+
+/// Opens `path` with every commit synced to disk, in WAL mode where the file is ours.
+///
+/// A file of somebody else's keeps its journal mode: adoption may refuse it, and must not have changed a byte then.
+pub(super) async fn open(path: &Path, create: bool) -> Result<Pools, StoreError> {
+    let options = options(path, create);
+    let writer = SqlitePoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .connect_with(options.clone())
+        .await?;
+    let foreign = sqlx::query(
+        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND NOT EXISTS \
+         (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'mastio_schema') LIMIT 1",
+    )
+    .fetch_optional(&writer)
+    .await?
+    .is_some();
+    if !foreign {
+        sqlx::query("PRAGMA journal_mode = WAL").fetch_all(&writer).await?;
+    }
+    let readers = SqlitePoolOptions::new()
+        .max_connections(READERS_MAX)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .connect_with(options)
+        .await?;
+    Ok(Pools { writer, readers })
+}
+
+pub(super) fn read(row: &SqliteRow) -> Result<Row, StoreError> {
+    let mut cells = Vec::with_capacity(row.len());
+    for index in 0..row.len() {
+        let raw = row.try_get_raw(index)?;
+        // SQLite types values, not columns: the predecessor's BOOLEAN and DATETIME hold numbers and text.
+        cells.push(if raw.is_null() {
+            Cell::Null
+        } else {
+            match raw.type_info().name() {
+                "TEXT" => Cell::Text(row.try_get_unchecked(index)?),
+                "INTEGER" | "BOOLEAN" => Cell::Integer(row.try_get_unchecked(index)?),
+                "REAL" => Cell::Text(row.try_get_unchecked::<f64, _>(index)?.to_string()),
+                _ => Cell::Text(
+                    String::from_utf8_lossy(&row.try_get_unchecked::<Vec<u8>, _>(index)?).into_owned(),
+                ),
+            }
+        });
+    }
+    Ok(Row(cells))
+}
+
+pub(super) fn bind<'q>(
+    mut query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
+    values: &[Value],
+) -> sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments> {
+    for value in values {
+        query = match value {
+            Value::Text(text) => query.bind(text.clone()),
+            Value::Integer(number) => query.bind(*number),
+        };
+    }
+    query
+}

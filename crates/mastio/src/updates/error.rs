@@ -1,0 +1,142 @@
+//! What can go wrong with an update, mapped once to what a caller is told.
+
+use mastio_core::error::Kind;
+use mastio_core::x509::X509Error;
+use mastio_core::x509::path::PathError;
+use serde_json::{Value, json};
+
+use super::migration::Refusal;
+use crate::http::error::Problem;
+use crate::pki::PkiError;
+use crate::pki::keys::KeyError;
+use crate::store::StoreError;
+
+/// Why an update could not be applied, rolled back, planned or listed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpdateError {
+    /// No such migration and no such row.
+    #[error("no update {0}: GET /proxy/updates/api lists them")]
+    Unknown(String),
+    /// The confirmation is missing.
+    #[error("send {{\"confirm\": true}} to confirm")]
+    Unconfirmed,
+    /// The filter names no status.
+    #[error("unknown status {0}: one of pending, applied, failed, rolled_back")]
+    UnknownStatus(String),
+    /// The row says applied.
+    #[error("already applied")]
+    AlreadyApplied,
+    /// The state is right and no row waits.
+    #[error("not needed: the state that this update repairs is right")]
+    NotNeeded,
+    /// The state of the world forbids it.
+    #[error("{}", .0.message)]
+    Refused(Refusal),
+    /// Another migration has to be applied first.
+    #[error("sign halt mismatch: apply {first} first")]
+    OutOfOrder {
+        /// What to do first.
+        first: String,
+    },
+    /// A later update stands on this one.
+    #[error("{blocker} is applied and stands on this update: roll {blocker} back first")]
+    Blocked {
+        /// The later update.
+        blocker: String,
+    },
+    /// Another run is under way.
+    #[error("{migration_id} is being changed by another run: wait for it, then look at the list again")]
+    Running {
+        /// What runs.
+        migration_id: String,
+    },
+    /// There is nothing to roll back to.
+    #[error("no snapshot — state has already moved")]
+    NoSnapshot,
+    /// The snapshot does not have the checksum it was written with.
+    #[error("the snapshot of {migration_id} is damaged at {row}: nothing was changed; restore a backup")]
+    SnapshotDamaged {
+        /// Whose snapshot.
+        migration_id: String,
+        /// The row.
+        row: String,
+    },
+    /// The fleet changes faster than the run can follow.
+    #[error(
+        "the fleet kept changing while the update was prepared: nothing was changed; try again when it is calmer"
+    )]
+    CannotCatchUp,
+    /// The result did not pass the verification.
+    #[error("the result did not pass verification at {what}: nothing was changed")]
+    Verification {
+        /// The certificate or rule.
+        what: String,
+        /// What the judge said.
+        #[source]
+        cause: Option<PathError>,
+    },
+    /// The stored state did not pass the verification after the commit.
+    #[error("the stored state does not pass verification at {0}: signing stays halted; roll back")]
+    StoredState(String),
+    /// A key that the repair needs is not here.
+    #[error("the {0} key is not here")]
+    KeyMissing(&'static str),
+    /// The run's task panicked or was stopped.
+    #[error("the run stopped unexpectedly: nothing was changed; look at the log")]
+    Stopped,
+    /// A certificate cannot be read or built.
+    #[error("a certificate cannot be read or built")]
+    Certificate(#[from] X509Error),
+    /// A key cannot be opened or used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The certificate authority.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Problem for UpdateError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Unknown(_) | Self::NoSnapshot => Kind::NotFound,
+            Self::Unconfirmed | Self::UnknownStatus(_) => Kind::Invalid,
+            Self::AlreadyApplied
+            | Self::NotNeeded
+            | Self::Refused(_)
+            | Self::Blocked { .. }
+            | Self::Running { .. }
+            | Self::SnapshotDamaged { .. } => Kind::Conflict,
+            Self::OutOfOrder { .. } => Kind::OutOfOrder,
+            Self::Store(error) => error.kind(),
+            Self::CannotCatchUp
+            | Self::Verification { .. }
+            | Self::StoredState(_)
+            | Self::KeyMissing(_)
+            | Self::Stopped
+            | Self::Certificate(_)
+            | Self::Key(_)
+            | Self::Pki(_) => Kind::Internal,
+        }
+    }
+
+    fn detail(&self) -> Value {
+        match self {
+            Self::Refused(refusal) => {
+                json!({ "reason": refusal.reason, "message": refusal.message, "page": refusal.page })
+            }
+            Self::NotNeeded => json!({ "reason": "not_needed", "message": self.to_string() }),
+            Self::Running { .. } => json!({ "reason": "run_under_way", "message": self.to_string() }),
+            Self::Blocked { blocker } => {
+                json!({ "reason": "blocked_by_later_update", "blocker": blocker, "message": self.to_string() })
+            }
+            Self::SnapshotDamaged { .. } => {
+                json!({ "reason": "snapshot_damaged", "message": self.to_string() })
+            }
+            Self::Store(_) => json!("the database is not available"),
+            other => Value::String(other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,567 @@
+//! Framework updates: wrong state in a live deploy is found at boot, halts signing if it is critical, is shown,
+//! repaired in one atomic and verified step, and can be rolled back.
+//!
+//! The cast: [`registry`] lists the migrations; [`detector`] asks each at boot whether it is needed; [`halt`] decides
+//! whether anything may be signed; [`engine`] runs a migration's change set through the phases; [`verify`] judges it;
+//! [`store`] keeps rows, runs and images. Order of an apply: admission under the lock of the audit head, then the run
+//! as a task of its own, which the caller only watches. A run that a crash has left behind is finished by the next
+//! boot: before its commit it has changed nothing and fails, after it only the activation is left.
+
+mod crash;
+pub mod detector;
+mod engine;
+pub mod error;
+pub mod halt;
+pub mod http;
+pub mod migration;
+pub mod migrations;
+pub mod registry;
+pub mod store;
+mod verify;
+pub mod view;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use mastio_core::audit::event::{Event, EventType};
+use mastio_core::time::UnixTime;
+use serde_json::{Map, Value, json};
+use tokio::sync::watch;
+
+use crate::http::error::chain;
+use crate::metrics::Metrics;
+use crate::pki::Pki;
+use crate::pki::tls::Tls;
+pub use engine::{Outcome, Plan};
+pub use error::UpdateError;
+use halt::{EnrollmentType, HaltReason};
+use migration::Migration;
+
+/// How runs that the predecessor left name their actor.
+pub const PREDECESSOR: &str = "predecessor";
+/// A run without a sign of life for so long is taken over by another replica.
+const RUN_SILENCE_S_MAX: i64 = 60;
+
+/// Which way a run goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Towards the repaired state.
+    Apply,
+    /// Back to the state before.
+    Rollback,
+}
+
+impl Direction {
+    /// As it is stored and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Apply => "apply",
+            Self::Rollback => "rollback",
+        }
+    }
+}
+
+/// Where a run is: journal, progress report and crash point in one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The check is asked again.
+    Detect,
+    /// The scope is copied.
+    Snapshot,
+    /// The new state is computed and staged.
+    Prepare,
+    /// The staged state is judged.
+    Verify,
+    /// The one transaction that changes state.
+    Commit,
+    /// Memory takes up the new state, and the stored state is judged.
+    Activate,
+}
+
+impl Phase {
+    /// As it is stored and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Detect => "detect",
+            Self::Snapshot => "snapshot",
+            Self::Prepare => "prepare",
+            Self::Verify => "verify",
+            Self::Commit => "commit",
+            Self::Activate => "activate",
+        }
+    }
+}
+
+/// Where the present run is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// The run.
+    pub run_id: String,
+    /// Its migration.
+    pub migration_id: String,
+    /// Its direction.
+    pub direction: Direction,
+    /// Its phase.
+    pub phase: Phase,
+    /// Rows done of the phase.
+    pub done: i64,
+    /// Rows of the phase; 0 when it does not count.
+    pub total: i64,
+}
+
+impl Progress {
+    /// As the API and the command line show it.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json!({
+            "run_id": self.run_id,
+            "migration_id": self.migration_id,
+            "direction": self.direction.as_str(),
+            "phase": self.phase.as_str(),
+            "done": self.done,
+            "total": self.total,
+        })
+    }
+}
+
+/// What a check found at the last detection, kept for those who ask about health.
+#[derive(Debug, Clone, Default)]
+pub struct Findings {
+    /// Checks that failed, by migration id.
+    pub failing: Vec<String>,
+    /// Notes by migration id: what a check said beyond the description.
+    pub notes: Vec<(String, String)>,
+    /// Repairs that cannot run here: reasons for `/healthz`.
+    pub impossible: Vec<String>,
+}
+
+/// The updates of this deploy.
+pub struct Updates {
+    /// The certificate authority that they repair.
+    pub pki: Arc<Pki>,
+    tls: OnceLock<Arc<Tls>>,
+    metrics: OnceLock<Arc<Metrics>>,
+    replica: String,
+    progress: watch::Sender<Option<Progress>>,
+    phase_since: Mutex<Option<(Phase, Instant)>>,
+    running: AtomicBool,
+    findings: ArcSwap<Findings>,
+}
+
+/// What an apply or rollback ended in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Done {
+    /// The update.
+    pub migration_id: String,
+    /// When its state changed.
+    pub at: UnixTime,
+}
+
+impl Updates {
+    /// The updates of `pki`. `replica` names this process in the journal.
+    #[must_use]
+    pub fn new(pki: Arc<Pki>, replica: String) -> Self {
+        Self {
+            pki,
+            tls: OnceLock::new(),
+            metrics: OnceLock::new(),
+            replica,
+            progress: watch::Sender::new(None),
+            phase_since: Mutex::new(None),
+            running: AtomicBool::new(false),
+            findings: ArcSwap::default(),
+        }
+    }
+
+    /// Has the server certificate and the metrics follow every run. Once, after boot; the command line serves nothing.
+    pub fn attach(&self, tls: Arc<Tls>, metrics: Arc<Metrics>) {
+        // A second call would come from a second server on the same state, which the lock forbids.
+        let _already = (self.tls.set(tls), self.metrics.set(metrics));
+    }
+
+    /// The present run's progress, live.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Option<Progress>> {
+        self.progress.subscribe()
+    }
+
+    /// What the last detection found.
+    #[must_use]
+    pub fn findings(&self) -> Arc<Findings> {
+        self.findings.load_full()
+    }
+
+    /// Notes that a phase has begun, and how long the one before took.
+    fn time(&self, phase: Option<Phase>) {
+        let mut since = self.phase_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if since.is_some_and(|(present, _)| Some(present) == phase) {
+            return;
+        }
+        if let (Some((ended, began)), Some(metrics)) = (*since, self.metrics.get()) {
+            metrics.update_phase_ended(ended.as_str(), began.elapsed());
+        }
+        *since = phase.map(|phase| (phase, Instant::now()));
+    }
+
+    fn show(&self, progress: Progress) {
+        self.time(Some(progress.phase));
+        tracing::info!(
+            migration_id = progress.migration_id,
+            direction = progress.direction.as_str(),
+            phase = progress.phase.as_str(),
+            done = progress.done,
+            total = progress.total,
+            "update_progress"
+        );
+        self.progress.send_replace(Some(progress));
+    }
+
+    /// The rows, each with what its migration declares, as the page's list shows them.
+    ///
+    /// `status` filters strictly. Errors: [`UpdateError::UnknownStatus`].
+    pub async fn list(&self, status: Option<&str>) -> Result<Vec<Value>, UpdateError> {
+        if let Some(status) = status
+            && !["pending", "applied", "failed", "rolled_back"].contains(&status)
+        {
+            return Err(UpdateError::UnknownStatus(status.to_owned()));
+        }
+        let mut tx = self.pki.store.read().await?;
+        let rows = store::rows(&mut tx).await?;
+        let mut list = Vec::new();
+        for row in rows.into_iter().filter(|row| status.is_none_or(|status| row.status == status)) {
+            let declaration = registry::find(&row.migration_id).map(|migration| migration.declaration());
+            let affects = declaration.map_or_else(
+                || halt::list(row.affects_enrollments.as_deref()),
+                |declaration| declaration.affected_tags().into_iter().map(str::to_owned).collect(),
+            );
+            let mut item = Map::new();
+            item.insert("migration_id".to_owned(), json!(row.migration_id));
+            item.insert(
+                "description".to_owned(),
+                json!(declaration.map_or("unknown to this version", |declaration| declaration.description)),
+            );
+            item.insert(
+                "migration_type".to_owned(),
+                json!(declaration.map_or("unknown", |declaration| declaration.migration_type.as_str())),
+            );
+            let criticality = declaration.map(|declaration| declaration.criticality.as_str().to_owned());
+            item.insert(
+                "criticality".to_owned(),
+                json!(criticality.or(row.criticality).unwrap_or_else(|| "critical".to_owned())),
+            );
+            item.insert("affects_enrollments".to_owned(), json!(affects));
+            item.insert("status".to_owned(), json!(row.status));
+            item.insert("detected_at".to_owned(), json!(shown(&row.detected_at)));
+            for (name, time) in [("applied_at", row.applied_at), ("rolled_back_at", row.rolled_back_at)] {
+                if let Some(time) = time {
+                    item.insert(name.to_owned(), json!(shown(&time)));
+                }
+            }
+            if let Some(error) = row.error {
+                item.insert("error".to_owned(), json!(error));
+            }
+            let requires = halt::list(row.requires.as_deref());
+            if !requires.is_empty() {
+                item.insert("requires".to_owned(), json!(requires));
+            }
+            if let Some((_, note)) = self.findings().notes.iter().find(|(id, _)| *id == row.migration_id) {
+                item.insert("note".to_owned(), json!(note));
+            }
+            if let Some(declaration) = declaration {
+                let not_covered = view::not_covered(&mut tx, declaration.affects_enrollments).await?;
+                if !not_covered.is_empty() {
+                    item.insert("not_covered".to_owned(), not_covered_json(&not_covered));
+                }
+            }
+            list.push(Value::Object(item));
+        }
+        Ok(list)
+    }
+
+    /// Computes the real change set, verifies it, and drops it.
+    pub async fn plan(&self, migration_id: &str) -> Result<Plan, UpdateError> {
+        let migration = self.known(migration_id).await?;
+        engine::plan(self, migration).await
+    }
+
+    /// Applies an update, or says why not. Nothing has changed when this fails before the commit.
+    pub async fn apply(self: &Arc<Self>, migration_id: &str, actor: &str) -> Result<Done, UpdateError> {
+        let migration = self.known(migration_id).await?;
+        let run_id = self.admit(migration, Direction::Apply, actor).await?;
+        self.run(migration, run_id, Direction::Apply, actor).await
+    }
+
+    /// Rolls an update back to its snapshot, or says why not.
+    pub async fn rollback(self: &Arc<Self>, migration_id: &str, actor: &str) -> Result<Done, UpdateError> {
+        let migration = self.known(migration_id).await?;
+        let run_id = self.admit(migration, Direction::Rollback, actor).await?;
+        self.run(migration, run_id, Direction::Rollback, actor).await
+    }
+
+    async fn known(&self, migration_id: &str) -> Result<&'static dyn Migration, UpdateError> {
+        registry::find(migration_id).ok_or_else(|| UpdateError::Unknown(migration_id.to_owned()))
+    }
+
+    /// Lets one run in, under the lock of the audit head (invariant I8).
+    async fn admit(
+        &self,
+        migration: &'static dyn Migration,
+        direction: Direction,
+        actor: &str,
+    ) -> Result<String, UpdateError> {
+        let migration_id = migration.declaration().migration_id;
+        let mut tx = self.pki.store.write().await?;
+        let rows = store::rows(&mut tx).await?;
+        let row = rows.iter().find(|row| row.migration_id == migration_id);
+        if direction == Direction::Apply && row.is_some_and(|row| row.status == "applied") {
+            return Err(UpdateError::AlreadyApplied);
+        }
+        if let Some(open) = store::open_run(&mut tx).await? {
+            return Err(UpdateError::Running { migration_id: open.migration_id });
+        }
+        match direction {
+            Direction::Rollback => {
+                if store::snapshot(&mut tx, migration_id).await?.is_none() {
+                    return Err(UpdateError::NoSnapshot);
+                }
+            }
+            Direction::Apply => {
+                let missing = migration.declaration().requires.iter().find(|required| {
+                    !rows.iter().any(|row| row.migration_id == **required && row.status == "applied")
+                });
+                if let Some(required) = missing {
+                    return Err(UpdateError::OutOfOrder { first: (*required).to_owned() });
+                }
+                let halt = halt::read(&mut tx).await?;
+                match halt.reasons.first() {
+                    Some(HaltReason::StagedRotation { kid }) => {
+                        return Err(UpdateError::OutOfOrder {
+                            first: format!("the staged rotation to key {kid}"),
+                        });
+                    }
+                    Some(reason) if reason.migration_id() != Some(migration_id) => {
+                        let first = reason.migration_id().unwrap_or_default().to_owned();
+                        return Err(UpdateError::OutOfOrder { first });
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let now = self.pki.clock.now();
+        let run_id = self.pki.entropy.ulid(now);
+        store::begin_run(
+            &mut tx,
+            &run_id,
+            migration_id,
+            direction.as_str(),
+            actor,
+            &self.replica,
+            now.seconds(),
+        )
+        .await?;
+        // Set before the commit that makes the run visible, or `recover` would take it for an orphan.
+        self.running.store(true, Ordering::SeqCst);
+        if let Err(error) = tx.commit_unaudited().await {
+            self.running.store(false, Ordering::SeqCst);
+            return Err(error.into());
+        }
+        Ok(run_id)
+    }
+
+    /// Runs as a task of its own: a caller that hangs up does not stop it.
+    async fn run(
+        self: &Arc<Self>,
+        migration: &'static dyn Migration,
+        run_id: String,
+        direction: Direction,
+        actor: &str,
+    ) -> Result<Done, UpdateError> {
+        let (updates, actor) = (Arc::clone(self), actor.to_owned());
+        tokio::spawn(async move {
+            let for_run = Arc::clone(&updates);
+            // The inner task catches a panic, so that the end of the run is written down whatever happens.
+            let (id, by) = (run_id.clone(), actor.clone());
+            let result = tokio::spawn(async move {
+                let run = engine::Run { updates: &for_run, migration, run_id: id, actor: by, direction };
+                match direction {
+                    Direction::Apply => run.apply().await,
+                    Direction::Rollback => run.rollback().await.map(Some),
+                }
+            })
+            .await
+            .unwrap_or(Err(UpdateError::Stopped));
+            let end = updates.end(migration, &run_id, direction, &actor, result).await;
+            updates.running.store(false, Ordering::SeqCst);
+            updates.progress.send_replace(None);
+            updates.time(None);
+            end
+        })
+        .await
+        .unwrap_or(Err(UpdateError::Stopped))
+    }
+
+    /// Writes down how a run ended.
+    async fn end(
+        &self,
+        migration: &'static dyn Migration,
+        run_id: &str,
+        direction: Direction,
+        actor: &str,
+        result: Result<Option<Outcome>, UpdateError>,
+    ) -> Result<Done, UpdateError> {
+        let migration_id = migration.declaration().migration_id;
+        let now = self.pki.clock.now().seconds();
+        match result {
+            Ok(Some(outcome)) => Ok(Done { migration_id: migration_id.to_owned(), at: outcome.at }),
+            Ok(None) => {
+                let mut tx = self.pki.store.write().await?;
+                let open = store::rows(&mut tx).await?.iter().any(|row| {
+                    row.migration_id == migration_id && matches!(row.status.as_str(), "pending" | "failed")
+                });
+                if !open {
+                    store::finish_run(&mut tx, run_id, true, Some("not needed"), now).await?;
+                    tx.commit_unaudited().await?;
+                    return Err(UpdateError::NotNeeded);
+                }
+                store::set_applied(&mut tx, migration.declaration(), now).await?;
+                store::finish_run(&mut tx, run_id, true, None, now).await?;
+                tx.commit(&[event(EventType::UpdateClosed, actor, migration_id, json!({}))]).await?;
+                self.pki.refresh().await?;
+                self.pki.complete().await?;
+                Ok(Done { migration_id: migration_id.to_owned(), at: now })
+            }
+            Err(error) => {
+                self.fail(migration_id, run_id, direction, actor, &error).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn fail(
+        &self,
+        migration_id: &str,
+        run_id: &str,
+        direction: Direction,
+        actor: &str,
+        error: &UpdateError,
+    ) -> Result<(), UpdateError> {
+        let now = self.pki.clock.now().seconds();
+        let refused = matches!(
+            error,
+            UpdateError::Refused(_)
+                | UpdateError::NoSnapshot
+                | UpdateError::Blocked { .. }
+                | UpdateError::SnapshotDamaged { .. }
+        );
+        let mut tx = self.pki.store.write().await?;
+        let run = store::run_by_id(&mut tx, run_id).await?;
+        if refused {
+            store::finish_run(&mut tx, run_id, true, Some(&error.to_string()), now).await?;
+            return Ok(tx.commit_unaudited().await?);
+        }
+        let text = chain(error);
+        let (name, event_type) = match direction {
+            Direction::Apply => ("cullis_proxy_update_apply_failed", EventType::UpdateApplyFailed),
+            Direction::Rollback => ("cullis_proxy_update_rollback_failed", EventType::UpdateRollbackFailed),
+        };
+        tracing::error!(migration_id, run_id, error = text, "{name}");
+        let committed = run.is_some_and(|run| run.committed);
+        if committed {
+            // The state has changed and does not verify: the halt stays, for either direction now.
+            tx.execute(
+                "UPDATE update_runs SET halts = 1, error = $2, finished_at = $3 WHERE run_id = $1",
+                crate::values![run_id, &text, now.to_rfc3339()],
+            )
+            .await?;
+        } else {
+            store::finish_run(&mut tx, run_id, true, Some(&text), now).await?;
+            match direction {
+                Direction::Apply => store::set_failed(&mut tx, migration_id, &text).await?,
+                Direction::Rollback => store::drop_images(&mut tx, run_id).await?,
+            }
+        }
+        tx.bump_epoch().await?;
+        tx.commit(&[event(
+            event_type,
+            actor,
+            migration_id,
+            json!({ "error": text, "committed": committed }),
+        )])
+        .await?;
+        self.pki.refresh().await?;
+        Ok(())
+    }
+
+    /// Finishes a run that a dead process left: at boot, and now and then for other replicas' runs.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), UpdateError> {
+        let now = self.pki.clock.now().seconds();
+        let mut tx = self.pki.store.read().await?;
+        let Some(open) = store::open_run(&mut tx).await? else { return Ok(()) };
+        drop(tx);
+        let ours = open.replica == self.replica;
+        let silent = now.0 - open.updated_at > RUN_SILENCE_S_MAX;
+        if self.running.load(Ordering::SeqCst) || !(ours || silent || self.pki.store.sqlite_path().is_some())
+        {
+            return Ok(());
+        }
+        let direction = if open.direction == "apply" { Direction::Apply } else { Direction::Rollback };
+        tracing::warn!(
+            migration_id = open.migration_id,
+            direction = open.direction,
+            phase = open.phase,
+            committed = open.committed,
+            "update_run_recovered: a process ended in the middle of this run; its state is {}",
+            if open.committed { "wholly new" } else { "wholly old" }
+        );
+        let Some(migration) = registry::find(&open.migration_id) else { return Ok(()) };
+        if open.committed {
+            let run = engine::Run {
+                updates: self,
+                migration,
+                run_id: open.run_id.clone(),
+                actor: open.actor.clone(),
+                direction,
+            };
+            let result = run.activate().await;
+            self.progress.send_replace(None);
+            if let Err(error) = result {
+                self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &error).await?;
+            }
+            return Ok(());
+        }
+        self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &UpdateError::Stopped).await
+    }
+
+    /// How many rows have each status.
+    pub async fn counts(&self) -> Result<[(&'static str, i64); 4], UpdateError> {
+        let mut counts = [("pending", 0), ("applied", 0), ("rolled_back", 0), ("failed", 0)];
+        for row in store::rows(&mut self.pki.store.read().await?).await? {
+            for (status, count) in &mut counts {
+                if row.status == *status {
+                    *count += 1;
+                }
+            }
+        }
+        Ok(counts)
+    }
+}
+
+/// A legacy time in the form the page shows; one that cannot be read is shown as it stands.
+fn shown(text: &str) -> String {
+    UnixTime::parse(text).map_or_else(|| text.to_owned(), UnixTime::to_rfc3339)
+}
+
+fn not_covered_json(counts: &[(EnrollmentType, i64)]) -> Value {
+    Value::Object(counts.iter().map(|(kind, count)| (kind.as_str().to_owned(), json!(count))).collect())
+}
+
+fn event(event_type: EventType, actor: &str, migration_id: &str, mut details: Value) -> Event {
+    if let Some(object) = details.as_object_mut() {
+        object.insert("migration_id".to_owned(), json!(migration_id));
+    }
+    Event { event_type, actor: actor.to_owned(), details }
+}

@@ -1,0 +1,43 @@
+//! Every migration that this version ships, in one list.
+
+use super::migration::Migration;
+use super::migrations;
+
+/// Every migration, oldest first. To add one: a file in `migrations/`, and its line at the marked place.
+pub const REGISTRY: &[&dyn Migration] = &[
+    &migrations::m2026_04_23_org_ca_pathlen_1::OrgCaPathLen,
+    // The next migration goes here.
+];
+
+/// The migration with this id.
+#[must_use]
+pub fn find(migration_id: &str) -> Option<&'static dyn Migration> {
+    REGISTRY.iter().copied().find(|migration| migration.declaration().migration_id == migration_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_unique_sorted_and_well_formed() {
+        let ids: Vec<_> = REGISTRY.iter().map(|migration| migration.declaration().migration_id).collect();
+        assert!(ids.is_sorted_by(|one, next| one < next), "{ids:?}");
+        for id in ids {
+            let (date, slug) = id.split_at(10);
+            assert!(date.chars().all(|c| c.is_ascii_digit() || c == '-'), "{id}");
+            assert!(slug.len() > 1 && slug.starts_with('-'), "{id}");
+        }
+    }
+
+    #[test]
+    fn every_requirement_is_registered_and_earlier() {
+        for migration in REGISTRY {
+            let declaration = migration.declaration();
+            assert!(!declaration.description.is_empty());
+            for required in declaration.requires {
+                assert!(*required < declaration.migration_id && find(required).is_some(), "{required}");
+            }
+        }
+    }
+}

@@ -1,0 +1,805 @@
+//! Rows of updates: `pending_updates`, runs, images, snapshots.
+//!
+//! `update_images` holds, for every cell in a run's scope, its text as the run saw it (`before`) and the text it
+//! becomes (`after`). It is snapshot and change set in one: a rollback sets back what still reads `after`. `restore`,
+//! where `restores` says so, is what a rollback sets instead of `before`: a torn run of the predecessor left
+//! its own snapshot. Public columns lie in clear, so that SQL compares and copies them; sealed ones are sealed for
+//! their place in this table.
+
+use mastio_core::time::UnixTime;
+use serde_json::json;
+
+use super::error::UpdateError;
+use super::migration::{Cell, Declaration};
+use crate::pki::store::{CertificateFacts, hex};
+use crate::store::{Query, StoreError, Value, WriteTx};
+use crate::values;
+
+/// A row of `pending_updates`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpdateRow {
+    /// The id.
+    pub migration_id: String,
+    /// `pending`, `applied`, `failed` or `rolled_back`.
+    pub status: String,
+    /// When the detector first saw it, as stored.
+    pub detected_at: String,
+    /// When it was applied.
+    pub applied_at: Option<String>,
+    /// When it was rolled back.
+    pub rolled_back_at: Option<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The row's own copy of its criticality.
+    pub criticality: Option<String>,
+    /// The row's own copy of the enrollment types, a JSON list.
+    pub affects_enrollments: Option<String>,
+    /// The row's own copy of what it requires, a JSON list.
+    pub requires: Option<String>,
+}
+
+/// Every row, by id.
+pub async fn rows(tx: &mut impl Query) -> Result<Vec<UpdateRow>, StoreError> {
+    tx.rows(
+        "SELECT migration_id, status, detected_at, applied_at, rolled_back_at, error, criticality, affects_enrollments, \
+         requires FROM pending_updates ORDER BY migration_id",
+        &[],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(UpdateRow {
+            migration_id: row.text(0)?,
+            status: row.text(1)?,
+            detected_at: row.text(2)?,
+            applied_at: row.optional_text(3)?,
+            rolled_back_at: row.optional_text(4)?,
+            error: row.optional_text(5)?,
+            criticality: row.optional_text(6)?,
+            affects_enrollments: row.optional_text(7)?,
+            requires: row.optional_text(8)?,
+        })
+    })
+    .collect()
+}
+
+/// Inserts a pending row, or completes the copies of one that has none. An existing row keeps its status and date.
+pub async fn detect(tx: &mut WriteTx, declaration: &Declaration, now: UnixTime) -> Result<u64, StoreError> {
+    tx.execute(
+        "INSERT INTO pending_updates (migration_id, detected_at, status, criticality, affects_enrollments, requires) \
+         VALUES ($1, $2, 'pending', $3, $4, $5) ON CONFLICT (migration_id) DO UPDATE SET \
+         criticality = excluded.criticality, affects_enrollments = excluded.affects_enrollments, requires = excluded.requires \
+         WHERE pending_updates.criticality IS DISTINCT FROM excluded.criticality \
+         OR pending_updates.affects_enrollments IS DISTINCT FROM excluded.affects_enrollments \
+         OR pending_updates.requires IS DISTINCT FROM excluded.requires",
+        values![
+            declaration.migration_id,
+            now.to_rfc3339(),
+            declaration.criticality.as_str(),
+            json!(declaration.affected_tags()).to_string(),
+            json!(declaration.requires).to_string()
+        ],
+    )
+    .await
+}
+
+/// Sets a row to `applied`.
+pub async fn set_applied(
+    tx: &mut WriteTx,
+    declaration: &Declaration,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    detect(tx, declaration, now).await?;
+    tx.execute(
+        "UPDATE pending_updates SET status = 'applied', applied_at = $2, error = NULL, rolled_back_at = NULL \
+         WHERE migration_id = $1",
+        values![declaration.migration_id, now.to_rfc3339()],
+    )
+    .await
+    .map(drop)
+}
+
+/// Sets a row to `rolled_back`.
+pub async fn set_rolled_back(tx: &mut WriteTx, migration_id: &str, now: UnixTime) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE pending_updates SET status = 'rolled_back', rolled_back_at = $2, error = NULL WHERE migration_id = $1",
+        values![migration_id, now.to_rfc3339()],
+    )
+    .await
+    .map(drop)
+}
+
+/// Sets a row to `failed` with its error.
+pub async fn set_failed(tx: &mut WriteTx, migration_id: &str, error: &str) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE pending_updates SET status = 'failed', error = $2 WHERE migration_id = $1",
+        values![migration_id, error],
+    )
+    .await
+    .map(drop)
+}
+
+/// A run that has begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunRow {
+    /// ULID.
+    pub run_id: String,
+    /// Of which migration.
+    pub migration_id: String,
+    /// `apply` or `rollback`.
+    pub direction: String,
+    /// Where it is.
+    pub phase: String,
+    /// Who asked for it.
+    pub actor: String,
+    /// Whether it has changed state.
+    pub committed: bool,
+    /// Whether the stored state has passed verification.
+    pub verified: bool,
+    /// Which replica runs it.
+    pub replica: String,
+    /// Unix seconds of its last sign of life.
+    pub updated_at: i64,
+    /// What is done of the present phase.
+    pub done: i64,
+    /// How much there is.
+    pub total: i64,
+}
+
+fn run(row: &crate::store::Row) -> Result<RunRow, StoreError> {
+    Ok(RunRow {
+        run_id: row.text(0)?,
+        migration_id: row.text(1)?,
+        direction: row.text(2)?,
+        phase: row.text(3)?,
+        actor: row.text(4)?,
+        committed: row.optional_text(5)?.is_some(),
+        verified: row.optional_text(6)?.is_some(),
+        replica: row.text(7)?,
+        updated_at: row.integer(8)?,
+        done: row.integer(9)?,
+        total: row.integer(10)?,
+    })
+}
+
+/// The run that is under way; there is never more than one.
+pub async fn open_run(tx: &mut impl Query) -> Result<Option<RunRow>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT run_id, migration_id, direction, phase, actor, committed_at, verified_at, replica, updated_at, done, \
+             total FROM update_runs WHERE finished_at IS NULL",
+            &[],
+        )
+        .await?;
+    row.as_ref().map(run).transpose()
+}
+
+/// One run.
+pub async fn run_by_id(tx: &mut impl Query, run_id: &str) -> Result<Option<RunRow>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT run_id, migration_id, direction, phase, actor, committed_at, verified_at, replica, updated_at, done, \
+             total FROM update_runs WHERE run_id = $1",
+            values![run_id],
+        )
+        .await?;
+    row.as_ref().map(run).transpose()
+}
+
+/// Begins a run. The unique index on open runs lets one in (invariant I8).
+pub async fn begin_run(
+    tx: &mut WriteTx,
+    run_id: &str,
+    migration_id: &str,
+    direction: &str,
+    actor: &str,
+    replica: &str,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO update_runs (run_id, migration_id, direction, phase, actor, started_at, updated_at, replica) \
+         VALUES ($1, $2, $3, 'detect', $4, $5, $6, $7)",
+        values![run_id, migration_id, direction, actor, now.to_rfc3339(), now.0, replica],
+    )
+    .await
+    .map(drop)
+}
+
+/// Notes where a run is.
+pub async fn progress(
+    tx: &mut WriteTx,
+    run_id: &str,
+    phase: &str,
+    done: i64,
+    total: i64,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_runs SET phase = $2, done = $3, total = $4, updated_at = $5 WHERE run_id = $1 AND finished_at IS NULL",
+        values![run_id, phase, done, total, now.0],
+    )
+    .await
+    .map(drop)
+}
+
+/// Marks a run's change as committed, in the transaction that commits it. `halts`: until it is verified.
+pub async fn set_committed(
+    tx: &mut WriteTx,
+    run_id: &str,
+    halts: bool,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_runs SET phase = 'activate', committed_at = $2, halts = $3, updated_at = $4 WHERE run_id = $1",
+        values![run_id, now.to_rfc3339(), halts, now.0],
+    )
+    .await
+    .map(drop)
+}
+
+/// Ends a run: verified, or with an error.
+pub async fn finish_run(
+    tx: &mut WriteTx,
+    run_id: &str,
+    verified: bool,
+    error: Option<&str>,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_runs SET finished_at = $2, verified_at = $3, error = $4, updated_at = $5 WHERE run_id = $1",
+        values![run_id, now.to_rfc3339(), verified.then(|| now.to_rfc3339()), error, now.0],
+    )
+    .await
+    .map(drop)
+}
+
+/// Forgets everything a run has staged.
+pub async fn drop_images(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM update_images WHERE run_id = $1", values![run_id]).await?;
+    tx.execute("DELETE FROM update_run_certificates WHERE run_id = $1", values![run_id]).await.map(drop)
+}
+
+/// What `migration_state_backups.snapshot_json` says of a snapshot of ours: which run's images it is.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SnapshotDescriptor {
+    /// `mastio/1`.
+    pub format: String,
+    /// The run whose images they are.
+    pub run_id: String,
+    /// How many images there are.
+    pub rows: i64,
+}
+
+/// The snapshot of a migration, where there is one.
+pub async fn snapshot(
+    tx: &mut impl Query,
+    migration_id: &str,
+) -> Result<Option<SnapshotDescriptor>, UpdateError> {
+    let row = tx
+        .row(
+            "SELECT snapshot_json FROM migration_state_backups WHERE migration_id = $1",
+            values![migration_id],
+        )
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    let descriptor = serde_json::from_str(&row.text(0)?).map_err(|_| UpdateError::SnapshotDamaged {
+        migration_id: migration_id.to_owned(),
+        row: "its descriptor".to_owned(),
+    })?;
+    Ok(Some(descriptor))
+}
+
+/// Writes the descriptor of a snapshot. An earlier one is overwritten, as the page says.
+pub async fn set_snapshot(
+    tx: &mut WriteTx,
+    migration_id: &str,
+    run_id: &str,
+    rows: i64,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    let descriptor = json!({ "format": "mastio/1", "run_id": run_id, "rows": rows }).to_string();
+    tx.execute(
+        "INSERT INTO migration_state_backups (migration_id, created_at, snapshot_json) VALUES ($1, $2, $3) \
+         ON CONFLICT (migration_id) DO UPDATE SET created_at = excluded.created_at, snapshot_json = excluded.snapshot_json",
+        values![migration_id, now.to_rfc3339(), descriptor],
+    )
+    .await
+    .map(drop)
+}
+
+/// Removes the descriptor: there is nothing to roll back to any more.
+pub async fn drop_snapshot(tx: &mut WriteTx, migration_id: &str) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM migration_state_backups WHERE migration_id = $1", values![migration_id])
+        .await
+        .map(drop)
+}
+
+/// An image of one cell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The row.
+    pub row_key: String,
+    /// As the run saw it; sealed for this table where the cell is.
+    pub before: Option<String>,
+    /// SHA-256 of the clear text before, lowercase hex; empty for NULL.
+    pub before_digest: String,
+    /// What a rollback sets instead, where it says so.
+    pub restore: Option<Option<String>>,
+    /// What it becomes.
+    pub after: Option<String>,
+    /// Whether it changes.
+    pub changes: bool,
+}
+
+impl Image {
+    /// What a rollback sets.
+    #[must_use]
+    pub fn restored(&self) -> Option<&String> {
+        self.restore.as_ref().unwrap_or(&self.before).as_ref()
+    }
+}
+
+/// SHA-256 of a cell's clear text, lowercase hex; empty for NULL.
+#[must_use]
+pub fn digest(text: Option<&str>) -> String {
+    text.map(|text| hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, text.as_bytes()).as_ref()))
+        .unwrap_or_default()
+}
+
+/// Where a sealed image lies, for sealing. `side` is `before`, `restore` or `after`.
+#[must_use]
+pub fn image_place(run_id: &str, cell: &Cell, side: &str) -> String {
+    format!("update_images/{run_id}/{}/{}", cell.place(), side)
+}
+
+const IMAGE_TARGET: &str = "update_images (run_id, table_name, row_key, column_name, sealed, before, before_digest, restore, restores)";
+
+/// The image of one cell as its row for [`insert_images`].
+#[must_use]
+pub fn cell_image(run_id: &str, cell: &Cell, before: Option<String>, before_digest: String) -> Vec<Value> {
+    values![
+        run_id,
+        cell.table,
+        cell.row_key,
+        cell.column,
+        cell.sealed,
+        before,
+        before_digest,
+        None::<String>,
+        0i64
+    ]
+    .to_vec()
+}
+
+/// The image of one agent's `cert_pem` as its row for [`insert_images`].
+#[must_use]
+pub fn fleet_image(run_id: &str, agent_id: &str, cert_pem: &str, restore: Option<&str>) -> Vec<Value> {
+    values![
+        run_id,
+        "internal_agents",
+        agent_id,
+        "cert_pem",
+        0i64,
+        cert_pem,
+        digest(Some(cert_pem)),
+        restore,
+        i64::from(restore.is_some())
+    ]
+    .to_vec()
+}
+
+/// Writes images.
+pub async fn insert_images(tx: &mut WriteTx, images: &[Vec<Value>]) -> Result<(), StoreError> {
+    tx.insert_many(
+        IMAGE_TARGET,
+        images,
+        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET before = excluded.before, \
+         before_digest = excluded.before_digest, restore = excluded.restore, restores = excluded.restores, \
+         after = NULL, changes = 0",
+    )
+    .await
+    .map(drop)
+}
+
+/// One cell's image.
+pub async fn image(tx: &mut impl Query, run_id: &str, cell: &Cell) -> Result<Option<Image>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT row_key, before, before_digest, restore, restores, after, changes FROM update_images \
+             WHERE run_id = $1 AND table_name = $2 AND row_key = $3 AND column_name = $4",
+            values![run_id, cell.table, cell.row_key, cell.column],
+        )
+        .await?;
+    row.as_ref().map(read_image).transpose()
+}
+
+fn read_image(row: &crate::store::Row) -> Result<Image, StoreError> {
+    Ok(Image {
+        row_key: row.text(0)?,
+        before: row.optional_text(1)?,
+        before_digest: row.text(2)?,
+        restore: if row.truth(4)? { Some(row.optional_text(3)?) } else { None },
+        after: row.optional_text(5)?,
+        changes: row.truth(6)?,
+    })
+}
+
+/// Writes what a cell becomes.
+pub async fn set_cell_after(
+    tx: &mut WriteTx,
+    run_id: &str,
+    cell: &Cell,
+    after: Option<String>,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_images SET after = $5, changes = 1 WHERE run_id = $1 AND table_name = $2 AND row_key = $3 \
+         AND column_name = $4",
+        values![run_id, cell.table, cell.row_key, cell.column, after],
+    )
+    .await
+    .map(drop)
+}
+
+/// A leaf of the fleet with its facts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FleetCell {
+    /// The agent.
+    pub agent_id: String,
+    /// Leaf and what follows it.
+    pub cert_pem: String,
+    /// Key id of the leaf's issuer as far as known.
+    pub issuer_key_id: String,
+}
+
+fn fleet(rows: &[crate::store::Row]) -> Result<Vec<FleetCell>, StoreError> {
+    rows.iter()
+        .map(|row| {
+            Ok(FleetCell {
+                agent_id: row.text(0)?,
+                cert_pem: row.text(1)?,
+                issuer_key_id: row.optional_text(2)?.unwrap_or_default(),
+            })
+        })
+        .collect()
+}
+
+/// A page of Mastio-issued leaves after `agent_id`, as they stand.
+pub async fn fleet_page(tx: &mut impl Query, after: &str, limit: i64) -> Result<Vec<FleetCell>, StoreError> {
+    fleet(
+        &tx.rows(
+            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
+             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
+             WHERE a.agent_id > $1 AND a.cert_pem IS NOT NULL \
+             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') ORDER BY a.agent_id LIMIT $2",
+            values![after, limit],
+        )
+        .await?,
+    )
+}
+
+/// A page of the fleet's images after `agent_id`.
+pub async fn image_page(
+    tx: &mut impl Query,
+    run_id: &str,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<FleetCell>, StoreError> {
+    fleet(
+        &tx.rows(
+            "SELECT i.row_key, i.before, c.issuer_key_id FROM update_images i \
+             LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
+             WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.row_key > $2 \
+             ORDER BY i.row_key LIMIT $3",
+            values![run_id, after, limit],
+        )
+        .await?,
+    )
+}
+
+/// What a leaf becomes, ready to be staged.
+pub struct StagedLeaf {
+    /// The agent.
+    pub agent_id: String,
+    /// Leaf and what follows it.
+    pub cert_pem: String,
+    /// Facts of the new leaf.
+    pub facts: CertificateFacts,
+    /// Facts of the leaf that it replaces.
+    pub old: CertificateFacts,
+}
+
+/// Stages what leaves become.
+pub async fn stage(tx: &mut WriteTx, run_id: &str, leaves: &[StagedLeaf]) -> Result<(), StoreError> {
+    let images: Vec<Vec<Value>> = leaves
+        .iter()
+        .map(|leaf| {
+            values![run_id, "internal_agents", &leaf.agent_id, "cert_pem", "", &leaf.cert_pem, 1i64].to_vec()
+        })
+        .collect();
+    // The rows are there since the snapshot; the conflict is the rule.
+    tx.insert_many(
+        "update_images (run_id, table_name, row_key, column_name, before_digest, after, changes)",
+        &images,
+        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET after = excluded.after, changes = 1",
+    )
+    .await?;
+    let facts: Vec<Vec<Value>> = leaves
+        .iter()
+        .map(|leaf| {
+            let mut row = vec![Value::from(run_id)];
+            row.extend(leaf.facts.row(&leaf.agent_id));
+            row.extend(
+                values![&leaf.old.fingerprint, &leaf.old.serial, &leaf.old.issuer_key_id].iter().cloned(),
+            );
+            row
+        })
+        .collect();
+    tx.insert_many(
+        "update_run_certificates (run_id, agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+         old_fingerprint, old_serial, old_issuer_key_id)",
+        &facts,
+        "ON CONFLICT (run_id, agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, serial = excluded.serial, \
+         spki_sha256 = excluded.spki_sha256, issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after, \
+         old_fingerprint = excluded.old_fingerprint, old_serial = excluded.old_serial, \
+         old_issuer_key_id = excluded.old_issuer_key_id",
+    )
+    .await
+    .map(drop)
+}
+
+/// A serial that two leaves of a run share, or that a leaf shares with another agent's.
+pub async fn duplicate_serial(tx: &mut impl Query, run_id: &str) -> Result<Option<String>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT serial FROM update_run_certificates WHERE run_id = $1 GROUP BY serial HAVING COUNT(*) > 1 LIMIT 1",
+            values![run_id],
+        )
+        .await?;
+    row.map(|row| row.text(0)).transpose()
+}
+
+/// The agents whose leaves entered the scope, left it, or changed since the run saw them.
+pub async fn moved(tx: &mut impl Query, run_id: &str, limit: i64) -> Result<Vec<String>, StoreError> {
+    tx.rows(
+        "SELECT agent_id FROM (\
+         SELECT a.agent_id FROM internal_agents a LEFT JOIN update_images i ON i.run_id = $1 \
+         AND i.table_name = 'internal_agents' AND i.row_key = a.agent_id AND i.column_name = 'cert_pem' \
+         WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
+         AND (i.row_key IS NULL OR i.before IS DISTINCT FROM a.cert_pem) \
+         UNION ALL \
+         SELECT i.row_key FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
+         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND (a.agent_id IS NULL OR a.cert_pem IS NULL \
+         OR COALESCE(a.enrollment_method, '') IN ('byoca', 'spire', 'spiffe'))) moved ORDER BY agent_id LIMIT $2",
+        values![run_id, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| row.text(0))
+    .collect()
+}
+
+/// Forgets the images of agents, so that they are seen anew.
+pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String]) -> Result<(), StoreError> {
+    for agent_id in agent_ids {
+        tx.execute(
+            "DELETE FROM update_images WHERE run_id = $1 AND table_name = 'internal_agents' AND row_key = $2",
+            values![run_id, agent_id],
+        )
+        .await?;
+        tx.execute(
+            "DELETE FROM update_run_certificates WHERE run_id = $1 AND agent_id = $2",
+            values![run_id, agent_id],
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+/// One agent's leaf as it stands, where it is in scope.
+pub async fn fleet_cell(tx: &mut impl Query, agent_id: &str) -> Result<Option<FleetCell>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
+             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id WHERE a.agent_id = $1 AND a.cert_pem IS NOT NULL \
+             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')",
+            values![agent_id],
+        )
+        .await?;
+    Ok(fleet(&rows)?.into_iter().next())
+}
+
+/// The commit of an apply, fleet part: leaves, their facts, and what they replace, one statement each.
+pub async fn write_fleet(tx: &mut WriteTx, run_id: &str, now: UnixTime) -> Result<u64, StoreError> {
+    tx.execute(
+        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
+         SELECT old_fingerprint, agent_id, spki_sha256, $2, $1 FROM update_run_certificates WHERE run_id = $1 \
+         ON CONFLICT (fingerprint) DO NOTHING",
+        values![run_id, now.to_rfc3339()],
+    )
+    .await?;
+    let written = tx
+        .execute(
+            "UPDATE internal_agents SET cert_pem = i.after FROM update_images i WHERE i.run_id = $1 \
+             AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.changes = 1 \
+             AND i.row_key = internal_agents.agent_id",
+            values![run_id],
+        )
+        .await?;
+    tx.execute(
+        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after) \
+         SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after FROM update_run_certificates \
+         WHERE run_id = $1 ON CONFLICT (agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, \
+         spki_sha256 = excluded.spki_sha256, serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, \
+         not_after = excluded.not_after",
+        values![run_id],
+    )
+    .await?;
+    // The snapshot keeps exactly what was overwritten.
+    tx.execute("DELETE FROM update_images WHERE run_id = $1 AND changes = 0", values![run_id]).await?;
+    Ok(written)
+}
+
+/// How many leaves that a run wrote do not read as it wrote them.
+pub async fn leaves_not_as_written(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
+    let row = tx
+        .row(
+            "SELECT COUNT(*) FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
+             LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
+             WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.changes = 1 \
+             AND (a.cert_pem IS DISTINCT FROM i.after OR c.agent_id IS NULL)",
+            values![run_id],
+        )
+        .await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// Checks the digests of a snapshot page by page: the row that does not fit, if one does not.
+pub async fn damaged_image(tx: &mut impl Query, run_id: &str) -> Result<Option<String>, StoreError> {
+    let mut after = String::new();
+    loop {
+        let rows = tx
+            .rows(
+                "SELECT row_key, before, before_digest FROM update_images WHERE run_id = $1 AND sealed = 0 \
+                 AND table_name = 'internal_agents' AND row_key > $2 ORDER BY row_key LIMIT 512",
+                values![run_id, &after],
+            )
+            .await?;
+        let Some(last) = rows.last() else { return Ok(None) };
+        after = last.text(0)?;
+        for row in &rows {
+            if digest(row.optional_text(1)?.as_deref()) != row.text(2)? {
+                return Ok(Some(format!("internal_agents/{}", row.text(0)?)));
+            }
+        }
+    }
+}
+
+/// A page of Mastio-issued leaves that a rollback of `run_id` does not simply set back: they arose or changed since.
+pub async fn changed_since_page(
+    tx: &mut impl Query,
+    run_id: &str,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<FleetCell>, StoreError> {
+    fleet(
+        &tx.rows(
+            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
+             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
+             LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
+             WHERE a.agent_id > $2 AND a.cert_pem IS NOT NULL \
+             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
+             AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a.cert_pem) ORDER BY a.agent_id LIMIT $3",
+            values![run_id, after, limit],
+        )
+        .await?,
+    )
+}
+
+/// The agents whose carried-back leaf is missing or out of date in the rollback run's images.
+pub async fn carry_back_moved(
+    tx: &mut impl Query,
+    apply_run: &str,
+    rollback_run: &str,
+    limit: i64,
+) -> Result<Vec<String>, StoreError> {
+    tx.rows(
+        "SELECT a.agent_id FROM internal_agents a LEFT JOIN update_images i ON i.run_id = $1 \
+         AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
+         LEFT JOIN update_images b ON b.run_id = $2 AND b.table_name = 'internal_agents' AND b.row_key = a.agent_id \
+         WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
+         AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a.cert_pem) \
+         AND b.before IS DISTINCT FROM a.cert_pem ORDER BY a.agent_id LIMIT $3",
+        values![apply_run, rollback_run, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| row.text(0))
+    .collect()
+}
+
+/// The commit of a rollback, fleet part: what still reads as the apply wrote it is set back, byte for byte.
+pub async fn restore_fleet(
+    tx: &mut WriteTx,
+    apply_run: &str,
+    rollback_run: &str,
+    now: UnixTime,
+) -> Result<u64, StoreError> {
+    // The leaf that a restored row gives up stays accepted, like one that an apply replaced.
+    tx.execute(
+        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
+         SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3 FROM agent_certificates c JOIN update_images i \
+         ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
+         WHERE true ON CONFLICT (fingerprint) DO NOTHING",
+        values![apply_run, now.to_rfc3339(), rollback_run],
+    )
+    .await?;
+    tx.execute(
+        "DELETE FROM update_run_certificates WHERE run_id = $1 AND agent_id NOT IN (\
+         SELECT i.row_key FROM update_images i JOIN internal_agents a ON a.agent_id = i.row_key WHERE i.run_id = $1 \
+         AND i.table_name = 'internal_agents' AND i.changes = 1 AND i.after IS NOT DISTINCT FROM a.cert_pem)",
+        values![apply_run],
+    )
+    .await?;
+    let restored = tx
+        .execute(
+            "UPDATE internal_agents SET cert_pem = CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
+             FROM update_images i WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' \
+             AND i.changes = 1 AND i.row_key = internal_agents.agent_id AND internal_agents.cert_pem = i.after",
+            values![apply_run],
+        )
+        .await?;
+    tx.execute(
+        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after) \
+         SELECT agent_id, old_fingerprint, spki_sha256, old_serial, old_issuer_key_id, not_after \
+         FROM update_run_certificates r WHERE r.run_id = $1 AND NOT EXISTS (SELECT 1 FROM update_images i \
+         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = r.agent_id AND i.restores = 1) \
+         ON CONFLICT (agent_id) DO UPDATE SET \
+         fingerprint = excluded.fingerprint, spki_sha256 = excluded.spki_sha256, serial = excluded.serial, \
+         issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after",
+        values![apply_run],
+    )
+    .await?;
+    Ok(restored)
+}
+
+/// Agents whose certificate has no facts beside it, a page at a time.
+pub async fn without_facts(
+    tx: &mut impl Query,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<FleetCell>, StoreError> {
+    fleet(
+        &tx.rows(
+            "SELECT a.agent_id, a.cert_pem, NULL FROM internal_agents a WHERE a.agent_id > $1 AND a.cert_pem IS NOT NULL \
+             AND NOT EXISTS (SELECT 1 FROM agent_certificates c WHERE c.agent_id = a.agent_id) \
+             ORDER BY a.agent_id LIMIT $2",
+            values![after, limit],
+        )
+        .await?,
+    )
+}
+
+/// An applied migration that stands on this one: it requires it, or has later written a cell that this one wrote.
+pub async fn blocker(
+    tx: &mut impl Query,
+    migration_id: &str,
+    run_id: &str,
+) -> Result<Option<String>, UpdateError> {
+    for row in rows(tx).await?.into_iter().filter(|row| row.status == "applied") {
+        if super::halt::list(row.requires.as_deref()).iter().any(|required| required == migration_id) {
+            return Ok(Some(row.migration_id));
+        }
+    }
+    let row = tx
+        .row(
+            "SELECT r.migration_id FROM update_runs r JOIN pending_updates p ON p.migration_id = r.migration_id \
+             AND p.status = 'applied' JOIN update_images later ON later.run_id = r.run_id AND later.changes = 1 \
+             JOIN update_images mine ON mine.run_id = $1 AND mine.changes = 1 AND mine.table_name = later.table_name \
+             AND mine.row_key = later.row_key AND mine.column_name = later.column_name \
+             WHERE r.direction = 'apply' AND r.run_id > $1 AND r.committed_at IS NOT NULL AND r.migration_id <> $2 LIMIT 1",
+            values![run_id, migration_id],
+        )
+        .await?;
+    Ok(row.map(|row| row.text(0)).transpose()?)
+}
