@@ -1,0 +1,3 @@
+module mastio.invalid/judges/verify
+
+go 1.19
