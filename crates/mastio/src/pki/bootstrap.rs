@@ -1,6 +1,6 @@
 //! The identity of a deploy: made once in an empty database, and completed where a piece is missing.
 //!
-//! Order at boot: [`create_organisation`] (empty database only), then the update detector, then [`complete`]. So
+//! Order at boot: [`create_organisation`] (empty database only), then the update detector, then [`Pki::complete`]. So
 //! nothing is ever added to a deploy whose halt has not been judged yet. Both sign under a permit that is read in
 //! their own write transaction, which holds the epoch.
 

@@ -3,7 +3,7 @@
 //! In the database a key is *sealed*: AES-256-GCM-SIV under the deploy's sealing key, bound to the place where it
 //! lies (`table/row/column`), so that a sealed key copied to another row does not open. In clear it exists only
 //! inside this module, and where a protocol needs it, named one by one: [`PrivateKey::generate_p256`] hands a managed
-//! agent its key once, [`PrivateKey::tls_key`] feeds the TLS library. Signing demands a permit of the halt gate and,
+//! agent its key once, [`tls_key`] feeds the TLS library. Signing demands a permit of the halt gate and,
 //! for a certificate, a to-be-signed part that the lints have passed.
 
 use std::io::Write as _;
