@@ -2,10 +2,9 @@
 //!
 //! Nothing here does I/O, logs, knows what time it is, or draws randomness: callers hand in `now`,
 //! serials and nonces (`tests/tidy.rs` holds that line). Certificates live in [`x509`], tokens in
-//! [`token`] and [`dpop`], the audit chain in [`audit`], and what an update changes in [`changeset`].
+//! [`token`] and [`dpop`], the audit chain in [`audit`].
 
 pub mod audit;
-pub mod changeset;
 pub mod dpop;
 pub mod error;
 pub mod json;

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde_json::{Map, Value, json};
 
-use crate::metrics::{self, CertificateTier, Metrics, Snapshot};
+use crate::metrics::{self, AgentCount, CertificateTier, Metrics, Snapshot};
 use crate::pki::Pki;
 use crate::pki::tls::Tls;
 use crate::store::Query as _;
@@ -92,7 +92,10 @@ impl Health {
                 .find(|(name, _)| *name == status)
                 .map_or(0, |(_, count)| u64::try_from(*count).unwrap_or(0))
         };
-        let halt = crate::updates::halt::read(&mut self.pki.store.read().await?).await?;
+        let mut tx = self.pki.store.read().await?;
+        let halt = crate::updates::halt::read(&mut tx).await?;
+        let agents = crate::enrollment::store::counts(&mut tx).await?;
+        drop(tx);
         let authority = self.pki.authority();
         let mut certificates = vec![
             (CertificateTier::OrgCa, authority.org_ca.not_after().0),
@@ -117,7 +120,14 @@ impl Health {
             legacy_ca_pathlen_zero: authority.org_ca_has_legacy_path_len(),
             update_checks_failing: self.updates.findings().failing.len() as u64,
             certificates,
-            agents: Vec::new(),
+            agents: agents
+                .into_iter()
+                .map(|(kind, active, count)| AgentCount {
+                    enrollment: kind.as_str(),
+                    active,
+                    count: u64::try_from(count).unwrap_or(0),
+                })
+                .collect(),
         })
     }
 }

@@ -53,6 +53,27 @@ pub async fn page(tx: &mut impl Query, after: &str, limit: i64) -> Result<Vec<Ag
     .collect()
 }
 
+/// How many agents there are by enrollment type and activity.
+pub async fn counts(tx: &mut impl Query) -> Result<Vec<(EnrollmentType, bool, i64)>, StoreError> {
+    let mut counts: Vec<(EnrollmentType, bool, i64)> = Vec::new();
+    for row in tx
+        .rows(
+            "SELECT enrollment_method, is_active, COUNT(*) FROM internal_agents GROUP BY enrollment_method, is_active",
+            &[],
+        )
+        .await?
+    {
+        // Several stored tags are one type.
+        let (kind, active) = (EnrollmentType::from_tag(row.optional_text(0)?.as_deref()), row.truth(1)?);
+        let count = row.integer(2)?;
+        match counts.iter_mut().find(|(other, is_active, _)| (*other, *is_active) == (kind, active)) {
+            Some((_, _, sum)) => *sum += count,
+            None => counts.push((kind, active, count)),
+        }
+    }
+    Ok(counts)
+}
+
 /// Whether a certificate is a former one of this agent.
 pub async fn is_superseded(
     tx: &mut impl Query,

@@ -34,7 +34,7 @@ pub enum SealingError {
     PassphraseWrong,
     /// The database is sealed under the file and a passphrase was given.
     #[error(
-        "the keys in this database are sealed under seal.key, not under MCP_PROXY_DB_ENCRYPTION_KEY: unset it, or move with `mastio seal rotate`"
+        "the keys in this database are sealed under seal.key, not under MCP_PROXY_DB_ENCRYPTION_KEY: unset it"
     )]
     PassphraseUnexpected,
     /// The file is not the one, or is gone.
