@@ -567,14 +567,14 @@ impl Run<'_> {
         Ok(Outcome { at: now, leaves: 0 })
     }
 
-    /// Treats a predecessor's torn run as one that wrote what reads otherwise than its snapshot.
+    /// Treats a predecessor's torn run as one that wrote what stands: its snapshot is restored whole.
     async fn take_torn_as_committed(&self, apply_run: &str) -> Result<(), UpdateError> {
         let pki = &self.updates.pki;
         let mut tx = pki.store.write().await?;
         tx.execute(
             "UPDATE update_images SET after = a.cert_pem, changes = 1 FROM internal_agents a \
              WHERE update_images.run_id = $1 AND update_images.table_name = 'internal_agents' \
-             AND a.agent_id = update_images.row_key AND a.cert_pem IS DISTINCT FROM update_images.before",
+             AND a.agent_id = update_images.row_key",
             values![apply_run],
         )
         .await?;

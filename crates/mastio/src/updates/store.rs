@@ -634,6 +634,13 @@ pub async fn write_fleet(tx: &mut WriteTx, run_id: &str, now: UnixTime) -> Resul
         values![run_id],
     )
     .await?;
+    // What a torn run of the predecessor had written already is restored from its snapshot, rewritten here or not.
+    tx.execute(
+        "UPDATE update_images SET changes = 1, after = CASE WHEN sealed = 1 THEN NULL ELSE before END \
+         WHERE run_id = $1 AND changes = 0 AND restores = 1",
+        values![run_id],
+    )
+    .await?;
     // The snapshot keeps exactly what was overwritten.
     tx.execute("DELETE FROM update_images WHERE run_id = $1 AND changes = 0", values![run_id]).await?;
     Ok(written)
@@ -730,7 +737,8 @@ pub async fn restore_fleet(
         "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
          SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3 FROM agent_certificates c JOIN update_images i \
          ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
-         WHERE true ON CONFLICT (fingerprint) DO NOTHING",
+         WHERE i.after IS DISTINCT FROM CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
+         ON CONFLICT (fingerprint) DO NOTHING",
         values![apply_run, now.to_rfc3339(), rollback_run],
     )
     .await?;

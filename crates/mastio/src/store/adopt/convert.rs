@@ -181,7 +181,8 @@ impl Fleet {
             }
             for (run, images) in self.runs.iter().zip(&mut page.images_by_run) {
                 let Some(before) = run.snapshot.leaves.get(&agent.agent_id) else { continue };
-                if *before == agent.cert_pem {
+                // Of a torn run the whole snapshot is kept: a rollback has to know what it need not touch.
+                if *before == agent.cert_pem && run.is_committed() {
                     continue;
                 }
                 let image = ImageRow {
