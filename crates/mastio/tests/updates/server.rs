@@ -1,0 +1,388 @@
+//! One deploy with a world of its own: a data directory, a database, a port, and the real binary on it.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+pub const MIGRATION: &str = "2026-04-23-org-ca-pathlen-1";
+pub const ADMIN_SECRET: &str = "the-secret-of-these-tests-0123456789";
+pub const PASSPHRASE: &str = "peer-test-passphrase-0123456789abcdef";
+/// A boot, an apply on a thousand agents in a debug build: far above what either takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The shared folder with the predecessor's databases.
+pub fn legacy(path: &str) -> PathBuf {
+    let shared = variable("MASTIO_SHARED");
+    Path::new(&shared).join("fixtures/legacy").join(path)
+}
+
+/// What `./test` exports.
+pub fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run through ./test"))
+}
+
+/// Runs a program of the system to its end.
+pub fn run(command: &mut Command) -> Output {
+    let program = command.get_program().to_string_lossy().into_owned();
+    command.output().unwrap_or_else(|error| panic!("{program} does not run ({error}): run through ./test"))
+}
+
+/// Runs a program that has to succeed, and gives what it wrote.
+pub fn output(command: &mut Command) -> String {
+    let output = run(command);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Copies a folder's files.
+fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+#[derive(Clone)]
+enum Database {
+    Sqlite,
+    Postgres(String),
+}
+
+/// A deploy on disk. Whoever holds it may start the server on it, one after the other.
+pub struct Deploy {
+    folder: TempDir,
+    database: Database,
+    passphrase: Option<&'static str>,
+}
+
+impl Deploy {
+    /// An empty data directory: the first boot creates an organisation.
+    pub fn fresh() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), database: Database::Sqlite, passphrase: None }
+    }
+
+    /// A copy of a legacy database.
+    pub fn of_file(path: &Path) -> Self {
+        let deploy = Self::fresh();
+        assert!(path.exists(), "{} is missing: run through ./test", path.display());
+        std::fs::copy(path, deploy.file()).unwrap();
+        deploy
+    }
+
+    /// A copy of a fixture of the shared folder.
+    pub fn of(fixture: &str) -> Self {
+        Self::of_file(&legacy(&format!("{fixture}.db")))
+    }
+
+    /// Sealed under a passphrase instead of a key file.
+    pub fn with_passphrase(mut self) -> Self {
+        self.passphrase = Some(PASSPHRASE);
+        self
+    }
+
+    /// A copy of everything, on the same kind of database. No server may run on `self`.
+    pub fn copy(&self) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        copy_files(self.folder.path(), folder.path());
+        let database = match &self.database {
+            Database::Sqlite => Database::Sqlite,
+            Database::Postgres(url) => {
+                let (_, template) = url.rsplit_once('/').unwrap();
+                Database::Postgres(create_postgres(&format!("TEMPLATE {template}")))
+            }
+        };
+        Self { folder, database, passphrase: self.passphrase }
+    }
+
+    /// The same deploy moved to a PostgreSQL database of its own. Needs a passphrase.
+    pub fn on_postgres(self) -> Self {
+        let url = create_postgres("");
+        let copied = run(self.mastio(&["database", "copy"]).args(["--to", &url]));
+        assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+        let folder = tempfile::tempdir().unwrap();
+        Self { folder, database: Database::Postgres(url), passphrase: self.passphrase }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The SQLite file.
+    pub fn file(&self) -> PathBuf {
+        self.folder.path().join("mcp_proxy.db")
+    }
+
+    /// The binary with this deploy's settings.
+    pub fn mastio(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mastio"));
+        command
+            .args(arguments)
+            .env_clear()
+            .current_dir(self.folder.path())
+            .env("MCP_PROXY_ADMIN_SECRET", ADMIN_SECRET)
+            .env("MCP_PROXY_DATA_DIR", self.folder.path())
+            .env("MCP_PROXY_LISTEN", "127.0.0.1:0")
+            .env("LOG_FORMAT", "json");
+        if let Database::Postgres(url) = &self.database {
+            command.env("MCP_PROXY_DATABASE_URL", url);
+        }
+        if let Some(passphrase) = self.passphrase {
+            command.env("MCP_PROXY_DB_ENCRYPTION_KEY", passphrase);
+        }
+        command
+    }
+
+    /// Starts the server and waits until it listens.
+    pub fn start(&self) -> Server {
+        self.start_with(&[]).unwrap_or_else(|(status, log)| panic!("no boot ({status}): {log}"))
+    }
+
+    /// Starts the server so that it dies at a crash point.
+    pub fn start_to_crash_at(&self, point: &str) -> Server {
+        self.start_with(&[("MASTIO_CRASH_AT", point)])
+            .unwrap_or_else(|(status, log)| panic!("no boot ({status}): {log}"))
+    }
+
+    /// Starts the server; what it wrote, where it did not come up.
+    pub fn start_with(&self, variables: &[(&str, &str)]) -> Result<Server, (ExitStatus, String)> {
+        let mut command = self.mastio(&["serve"]);
+        command.envs(variables.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (listening, listens) = mpsc::channel();
+        let (lines, stderr) = (Arc::clone(&log), child.stderr.take().unwrap());
+        // Ends with the process, which closes its end.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let event = serde_json::from_str(&line).unwrap_or_else(|_| json!({ "text": line }));
+                let url =
+                    (event["message"] == "listening").then(|| event["url"].as_str().unwrap().to_owned());
+                lines.lock().unwrap().push(event);
+                if let Some(url) = url {
+                    let _nobody_waits = listening.send(url);
+                }
+            }
+        });
+        match listens.recv_timeout(PATIENCE) {
+            Ok(url) => Ok(Server { child, url, log }),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                let text = log.lock().unwrap().iter().map(|event| format!("{event}\n")).collect();
+                Err((child.wait().unwrap(), text))
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                child.kill().unwrap();
+                panic!("the server does not listen");
+            }
+        }
+    }
+
+    /// Rows of a query, asked by the database's own command line, as an operator would.
+    pub fn rows(&self, sql: &str) -> Vec<Value> {
+        match &self.database {
+            Database::Sqlite => {
+                let mut command = Command::new("sqlite3");
+                command.args(["-json", "-cmd", ".timeout 10000"]).arg(self.file()).arg(sql);
+                let text = output(&mut command);
+                if text.trim().is_empty() { Vec::new() } else { serde_json::from_str(&text).unwrap() }
+            }
+            Database::Postgres(url) => {
+                let wrapped = format!("SELECT row_to_json(t) FROM ({sql}) t");
+                let text = output(Command::new("psql").args(["-X", "-A", "-t", "-d", url, "-c", &wrapped]));
+                text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+            }
+        }
+    }
+
+    /// One number.
+    pub fn count(&self, sql: &str) -> i64 {
+        self.rows(&format!("SELECT ({sql}) AS n"))[0]["n"].as_i64().unwrap()
+    }
+
+    /// A statement of an operator.
+    pub fn execute(&self, sql: &str) -> String {
+        match &self.database {
+            Database::Sqlite => {
+                output(Command::new("sqlite3").args(["-cmd", ".timeout 10000"]).arg(self.file()).arg(sql))
+            }
+            Database::Postgres(url) => output(Command::new("psql").args([
+                "-X",
+                "-A",
+                "-t",
+                "-q",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-d",
+                url,
+                "-c",
+                sql,
+            ])),
+        }
+    }
+
+    /// Has the binary verify the audit chain; a running server is asked, otherwise the database is opened.
+    pub fn audit_verifies(&self) {
+        let verified = run(&mut self.mastio(&["audit", "verify"]));
+        assert!(verified.status.success(), "audit verify: {}", String::from_utf8_lossy(&verified.stderr));
+    }
+}
+
+impl Drop for Deploy {
+    fn drop(&mut self) {
+        if let Database::Postgres(url) = &self.database {
+            let (server, name) = url.rsplit_once('/').unwrap();
+            // Best effort: the whole cluster goes when `./test` ends.
+            let _dropped = Command::new("psql")
+                .args(["-X", "-q", "-d", &format!("{server}/postgres")])
+                .args(["-c", &format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")])
+                .output();
+        }
+    }
+}
+
+/// Creates a database on the PostgreSQL that `./test` has started.
+fn create_postgres(options: &str) -> String {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let given = variable("MASTIO_TEST_POSTGRES_URL");
+    let name = format!("updates_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::SeqCst));
+    let sql = format!("CREATE DATABASE {name} {options}");
+    output(Command::new("psql").args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", &given, "-c", &sql]));
+    let (server, _) = given.rsplit_once('/').unwrap();
+    format!("{server}/{name}")
+}
+
+/// An answer of the server. Status 0: the connection broke.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    pub fn detail(&self) -> Value {
+        self.json()["detail"].clone()
+    }
+}
+
+/// A server that runs. Dropped: killed.
+pub struct Server {
+    child: Child,
+    pub url: String,
+    log: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Server {
+    /// One request by curl, with the admin secret where `secret` has one.
+    pub fn request(&self, method: &str, path: &str, secret: Option<&str>, body: Option<&str>) -> Answer {
+        request(&self.url, method, path, secret, body)
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.request("GET", path, Some(ADMIN_SECRET), None)
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        self.request("POST", path, Some(ADMIN_SECRET), Some(&body.to_string()))
+    }
+
+    pub fn apply(&self) -> Answer {
+        self.post(&format!("/proxy/updates/{MIGRATION}/apply"), &json!({ "confirm": true }))
+    }
+
+    pub fn rollback(&self) -> Answer {
+        self.post(&format!("/proxy/updates/{MIGRATION}/rollback"), &json!({ "confirm": true }))
+    }
+
+    pub fn health(&self) -> Value {
+        self.get("/healthz").json()
+    }
+
+    /// The migration's item of the list, where there is one.
+    pub fn item(&self) -> Option<Value> {
+        let list = self.get("/proxy/updates/api").json();
+        list.as_array().unwrap().iter().find(|item| item["migration_id"] == MIGRATION).cloned()
+    }
+
+    /// The halt as the gauge tells it.
+    pub fn halted(&self) -> bool {
+        let metrics = self.get("/metrics").body;
+        let line = metrics.lines().find(|line| line.starts_with("cullis_mastio_sign_halted ")).unwrap();
+        line.ends_with(" 1")
+    }
+
+    /// The roots that clients are told to pin.
+    pub fn ca(&self) -> String {
+        self.request("GET", "/pki/ca.crt", None, None).body
+    }
+
+    /// Log events so far.
+    pub fn log(&self) -> Vec<Value> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// The first log event whose message contains `text`.
+    pub fn logged(&self, text: &str) -> Option<Value> {
+        self.log().into_iter().find(|event| event["message"].as_str().is_some_and(|m| m.contains(text)))
+    }
+
+    /// `kill -9`.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM, and the clean end that it asks for.
+    pub fn stop(mut self) {
+        output(Command::new("kill").args(["-TERM", &self.child.id().to_string()]));
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "the server ended with {status}: {:?}", self.log());
+    }
+
+    /// Waits for a process that dies by itself.
+    pub fn dies(mut self) -> Vec<Value> {
+        let status = self.child.wait().unwrap();
+        assert!(!status.success(), "the server ended well, and had to crash");
+        self.log()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Gone already, or ended by this.
+        let _gone = self.child.kill();
+        let _gone = self.child.wait();
+    }
+}
+
+/// One request by curl.
+pub fn request(url: &str, method: &str, path: &str, secret: Option<&str>, body: Option<&str>) -> Answer {
+    let mut command = Command::new("curl");
+    command.args(["-sk", "--max-time", "120", "-X", method, "-w", "\n%{http_code}"]);
+    if let Some(secret) = secret {
+        command.args(["-H", &format!("X-Admin-Secret: {secret}")]);
+    }
+    if body.is_some() {
+        command.args(["-H", "Content-Type: application/json", "--data-binary", "@-"]);
+    }
+    command.arg(format!("{url}{path}")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|_| panic!("curl is missing: run through ./test"));
+    let mut stdin = child.stdin.take().unwrap();
+    // A refused body may leave the pipe early.
+    let _refused = stdin.write_all(body.unwrap_or_default().as_bytes());
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (body, status) = text.rsplit_once('\n').unwrap();
+    Answer { status: status.parse().unwrap(), body: body.to_owned() }
+}
