@@ -177,3 +177,22 @@ impl Agent {
         self.ask(&json!({ "cmd": "state" })).unwrap()
     }
 }
+
+/// One request for a token, built by the SDK's own functions, as one shot: no login, no client certificate.
+const MINT: &str = r#"
+import json, sys, httpx
+from cullis_sdk.auth import build_client_assertion, build_dpop_proof, generate_dpop_keypair
+base, certificate, key, agent_id = sys.argv[1:]
+assertion, _ = build_client_assertion(agent_id, open(certificate).read(), open(key).read())
+url = base + "/v1/auth/token"
+proof = build_dpop_proof(*generate_dpop_keypair(), "POST", url)
+answer = httpx.post(url, json={"client_assertion": assertion}, headers={"DPoP": proof}, verify=False, timeout=60)
+print(json.dumps({"status": answer.status_code, "body": answer.text, "seconds": answer.elapsed.total_seconds()}))
+"#;
+
+/// Asks `/v1/auth/token` for a token with a sound assertion and proof. Answers `{"status", "body", "seconds"}`.
+pub fn mint(mastio_url: &str, agent_id: &str, certificate: &Path, key: &Path) -> Value {
+    let mut command = Command::new(Python::Plain.interpreter());
+    command.args(["-c", MINT, mastio_url]).arg(certificate).arg(key).arg(agent_id);
+    serde_json::from_str(&super::run(&mut command)).unwrap()
+}
