@@ -252,3 +252,16 @@ fn an_agent_created_after_the_apply_calls_a_tool_on_either_python_and_still_afte
         }
     }
 }
+
+#[test]
+fn the_v01_fleet_calls_its_tools_before_the_halt_after_the_apply_and_after_the_rollback_on_postgresql() {
+    let Some(fleet) = Fleet::v01(Database::Postgres) else { return };
+    story(fleet, Python::Plain);
+}
+
+#[test]
+fn a_fleet_enrolled_by_python_calls_its_tools_before_the_halt_after_the_apply_and_after_the_rollback_on_postgresql()
+ {
+    let Some(fleet) = Fleet::enrolled_by_python(Database::Postgres) else { return };
+    story(fleet, Python::Plain);
+}
