@@ -564,9 +564,10 @@ async fn a_torn_run_of_the_predecessor_keeps_its_snapshot_as_the_way_back() {
     );
     assert_eq!(
         number(&store, "SELECT COUNT(*) FROM update_images WHERE after IS NULL AND changes = 0").await,
-        4
+        7,
+        "the whole snapshot: certificate and key of the Org CA, and five leaves"
     );
-    assert_eq!(number(&store, "SELECT COUNT(*) FROM update_images").await, 4);
+    assert_eq!(number(&store, "SELECT COUNT(*) FROM update_images").await, 7);
     assert_eq!(text(&store, "SELECT status FROM pending_updates").await, "pending");
     // Who signed what is known, so that the detector can say how far the run came.
     assert_eq!(number(&store, "SELECT COUNT(DISTINCT issuer_key_id) FROM agent_certificates").await, 2);
