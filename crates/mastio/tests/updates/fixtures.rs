@@ -313,7 +313,7 @@ fn walk(case: &Case) -> Line {
                 assert_eq!(changed, leaves, "{fixture}");
             }
             assert_eq!(server.health(), json!({ "status": "ok" }), "{fixture} after its apply");
-            assert_eq!(server.halted(), false);
+            assert!(!server.halted());
             minted += assert_mints(case, &server, &ca, &after, false);
             minted += assert_mints(case, &server, &server.ca(), &after, false);
             let again = server.apply();
@@ -359,7 +359,7 @@ fn walk(case: &Case) -> Line {
             }
             assert_eq!(status(&deploy).as_deref(), Some("rolled_back"));
             assert_eq!(server.health(), json!({ "status": "ok", "warnings": [LEGACY_ROOT] }), "{fixture}");
-            assert_eq!(server.halted(), false);
+            assert!(!server.halted());
             minted += assert_mints(case, &server, &ca, &restored, false);
             assert_org_ca_key_signs(&deploy, &server);
             assert_eq!(server.rollback().status, 404);

@@ -112,7 +112,7 @@ impl PkiState {
             let leaf = webpki::EndEntityCert::try_from(&leaf).unwrap();
             leaf.verify_for_usage(
                 webpki::ALL_VERIFICATION_ALGS,
-                &[anchor.clone()],
+                std::slice::from_ref(&anchor),
                 std::slice::from_ref(&between),
                 UnixTime::now(),
                 webpki::KeyUsage::client_auth(),
