@@ -63,13 +63,15 @@ enum Verdict {
     Title,
     /// These steps prove it.
     Proven(&'static [&'static str]),
+    /// We do otherwise, as docs/page.md says, and these steps prove what we do.
+    Otherwise(&'static str, &'static [&'static str]),
     /// This step proves it in the walk on that database, for it names the database.
     On(Database, &'static str),
     /// Not yet: whoever owes it is named.
     Owed(&'static str),
 }
 
-use Verdict::{On, Owed, Proven, Title};
+use Verdict::{On, Otherwise, Owed, Proven, Title};
 
 const DASHBOARD: &str = "the dashboard";
 const BUNDLE: &str = "the deploy bundle";
@@ -114,7 +116,7 @@ const PAGE: &[(&str, Verdict)] = &[
     ),
     (
         "A framework update is a Python migration class that ships alongside the code fix.",
-        Proven(&["the list of a halted deploy"]),
+        Otherwise("a migration is a Rust file", &["the list of a halted deploy"]),
     ),
     (
         "The Mastio discovers it at boot, inserts a row in the pending_updates table, and",
@@ -133,7 +135,13 @@ const PAGE: &[(&str, Verdict)] = &[
         "The admin then calls one endpoint to run the migration, which mutates state idempotently and records a rollback snapshot.",
         Proven(&["apply", "a repaired state is left alone", "the snapshot"]),
     ),
-    ("Three surfaces: - Registry — mcp_proxy/updates/migrations/holds migration classes.", Title),
+    (
+        "Three surfaces: - Registry — mcp_proxy/updates/migrations/holds migration classes.",
+        Otherwise(
+            "the folder is crates/mastio/src/updates/migrations/, of Rust files",
+            &["the list of a halted deploy"],
+        ),
+    ),
     (
         "Each migration declares itsmigration_id,migration_type,criticality,affects_enrollments, and adescriptionstring",
         Proven(&["the list of a halted deploy"]),
@@ -198,7 +206,7 @@ const PAGE: &[(&str, Verdict)] = &[
     ),
     (
         "every signing call raises RuntimeError: signing halted — pending migration {id}.",
-        Proven(&["signing is refused"]),
+        Otherwise("a signing call answers 503 with the text", &["signing is refused"]),
     ),
     (
         "Agents cannot mint new DPoP-bound tokens until you apply the update.",
@@ -237,7 +245,10 @@ const PAGE: &[(&str, Verdict)] = &[
         "The migration runs idempotently: check() short-circuits to no-op if the state is already fixed.",
         Proven(&["a repaired state is left alone"]),
     ),
-    ("Re-applying is safe but the backup snapshot is overwritten.", Proven(&["re-applied"])),
+    (
+        "Re-applying is safe but the backup snapshot is overwritten.",
+        Otherwise("an applied row answers 409; any other is applied again", &["re-applied"]),
+    ),
     (
         "From the dashboard https://mastio.example.com/proxy/updates lists every registered migration with description, criticality badge, and two buttons (Apply / View rollback plan). Same outcome as the API call above.",
         Owed(DASHBOARD),
@@ -300,7 +311,10 @@ const PAGE: &[(&str, Verdict)] = &[
     ("Agents keep signing with the private keys they already hold.", Proven(&["agents go on"])),
     (
         "Only the cert chain changes — the SDK reloads the Org CA bundle on the next handshake without any user-visible step.",
-        Proven(&["agents go on", "a token and a call"]),
+        Otherwise(
+            "the SDK reloads nothing; the server serves a chain that both CA files verify",
+            &["agents go on", "a token and a call"],
+        ),
     ),
     (
         "What is explicitly out of scope - BYOCA agents. The org holds their private keys, not the Mastio, so the auto-migrator can’t re-sign leaves.",
@@ -348,7 +362,7 @@ const PAGE: &[(&str, Verdict)] = &[
     ),
     (
         "inspect the logs (cullis_proxy_update_apply_failed with a traceback),",
-        Proven(&["a failed apply is rolled back"]),
+        Otherwise("the log event has the chain of causes", &["a failed apply is rolled back"]),
     ),
     (
         "then either fix the environment and retry, or escalate the migration as a defect.",
@@ -949,6 +963,10 @@ fn conclude(walk: &Walk, database: Database) {
             Proven(by) => {
                 steps.extend(*by);
                 format!("proven by: {}", by.join("; "))
+            }
+            Otherwise(how, by) => {
+                steps.extend(*by);
+                format!("otherwise: {how}; proven by: {}", by.join("; "))
             }
             On(on, step) if *on == database => {
                 steps.push(step);

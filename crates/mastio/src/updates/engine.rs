@@ -184,7 +184,7 @@ impl Run<'_> {
         let inherited = match view.torn {
             Some(_) => {
                 let mut tx = store.read().await?;
-                rows::snapshot(&mut tx, self.id()).await?
+                rows::predecessor_run(&mut tx, self.id()).await?
             }
             None => None,
         };
@@ -210,21 +210,29 @@ impl Run<'_> {
         tx.commit_unaudited().await?;
         total += i64::try_from(images.len()).unwrap_or(i64::MAX);
         if scope.fleet {
-            total += self.snapshot_fleet(inherited.as_ref()).await?;
+            total += self.snapshot_fleet().await?;
         }
         let mut tx = store.write().await?;
         if let Some(inherited) = &inherited {
             self.inherit(&mut tx, inherited, scope.cells).await?;
         }
+        self.drop_superseded_attempt(&mut tx).await?;
         rows::set_snapshot(&mut tx, self.id(), &self.run_id, total, self.now()).await?;
         tx.commit(&[self.event(EventType::UpdateSnapshotTaken, json!({ "rows": total }))]).await?;
         Ok(total)
     }
 
-    async fn snapshot_fleet(
-        &self,
-        _inherited: Option<&rows::SnapshotDescriptor>,
-    ) -> Result<i64, UpdateError> {
+    /// An earlier attempt that never committed has nothing to give back: its images go with its descriptor.
+    async fn drop_superseded_attempt(&self, tx: &mut WriteTx) -> Result<(), UpdateError> {
+        let Some(earlier) = rows::snapshot(tx, self.id()).await? else { return Ok(()) };
+        let run = rows::run_by_id(tx, &earlier.run_id).await?;
+        if run.is_some_and(|run| !run.committed && run.actor != super::PREDECESSOR) {
+            rows::drop_images(tx, &earlier.run_id).await?;
+        }
+        Ok(())
+    }
+
+    async fn snapshot_fleet(&self) -> Result<i64, UpdateError> {
         let store = &self.updates.pki.store;
         let (mut after, mut total) = (String::new(), 0);
         loop {
@@ -243,24 +251,19 @@ impl Run<'_> {
     }
 
     /// Takes over what a predecessor's snapshot says a rollback restores.
-    async fn inherit(
-        &self,
-        tx: &mut WriteTx,
-        inherited: &rows::SnapshotDescriptor,
-        cells: &[Cell],
-    ) -> Result<(), UpdateError> {
+    async fn inherit(&self, tx: &mut WriteTx, inherited: &str, cells: &[Cell]) -> Result<(), UpdateError> {
         tx.execute(
             "UPDATE update_images SET restores = 1, restore = i.before FROM update_images i WHERE i.run_id = $1 \
              AND update_images.run_id = $2 AND i.table_name = update_images.table_name \
              AND i.row_key = update_images.row_key AND i.column_name = update_images.column_name AND i.sealed = 0",
-            values![&inherited.run_id, &self.run_id],
+            values![inherited, &self.run_id],
         )
         .await?;
         let sealing = self.updates.pki.sealing();
         for cell in cells.iter().filter(|cell| cell.sealed) {
-            let Some(image) = rows::image(tx, &inherited.run_id, cell).await? else { continue };
+            let Some(image) = rows::image(tx, inherited, cell).await? else { continue };
             let Some(sealed) = image.before else { continue };
-            let from = rows::image_place(&inherited.run_id, cell, "before");
+            let from = rows::image_place(inherited, cell, "before");
             let to = rows::image_place(&self.run_id, cell, "restore");
             let moved = sealing.move_sealed(&from, &to, &sealed)?;
             tx.execute(
@@ -442,6 +445,25 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a cell reads as the apply wrote it. What a torn run of the predecessor wrote has no image after.
+    async fn still_as_written(
+        &self,
+        tx: &mut WriteTx,
+        apply_run: &str,
+        cell: &Cell,
+        image: &rows::Image,
+    ) -> Result<bool, UpdateError> {
+        let stored = pki_rows::config(tx, cell.row_key).await?;
+        match (cell.sealed, &image.after, &stored) {
+            (true, Some(after), Some(stored)) => {
+                let place = rows::image_place(apply_run, cell, "after");
+                Ok(self.updates.pki.sealing().same_clear_text((&place, after), (&cell.place(), stored))?)
+            }
+            (true, None, _) => Ok(image.restore.is_some()),
+            (_, after, stored) => Ok(after == stored),
+        }
     }
 
     async fn write_cell(&self, tx: &mut WriteTx, cell: &Cell) -> Result<(), UpdateError> {
@@ -672,6 +694,10 @@ impl Run<'_> {
             else {
                 continue;
             };
+            if !self.still_as_written(&mut tx, apply_run, cell, &image).await? {
+                // Somebody has changed it since (I3): half a CA must not come back, so none of it does.
+                return Err(UpdateError::Blocked { blocker: format!("a later change of {}", cell.place()) });
+            }
             match (cell.sealed, image.restored()) {
                 (_, None) => {
                     tx.execute("DELETE FROM proxy_config WHERE key = $1", values![cell.row_key]).await?;

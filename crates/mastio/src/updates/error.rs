@@ -39,7 +39,7 @@ pub enum UpdateError {
         first: String,
     },
     /// A later update stands on this one.
-    #[error("{blocker} is applied and stands on this update: roll {blocker} back first")]
+    #[error("{blocker} stands on this update: undo it first")]
     Blocked {
         /// The later update.
         blocker: String,

@@ -90,7 +90,7 @@ impl HaltReason {
                 format!("signing halted — pending migration {migration_id}")
             }
             Self::UnverifiedRun { migration_id } => {
-                format!("signing halted — migration {migration_id} is committed and not yet verified")
+                format!("signing halted — pending migration {migration_id}: committed and not yet verified")
             }
             Self::FailedCheck { migration_id } => format!(
                 "signing halted — the check of migration {migration_id} failed; see the log and /proxy/updates/api"

@@ -461,6 +461,8 @@ impl Updates {
         let run = store::run_by_id(&mut tx, run_id).await?;
         if refused {
             store::finish_run(&mut tx, run_id, true, Some(&error.to_string()), now).await?;
+            // An apply is refused before it has staged anything; a rollback may have.
+            store::drop_images(&mut tx, run_id).await?;
             return Ok(tx.commit_unaudited().await?);
         }
         let text = chain(error);

@@ -186,6 +186,18 @@ pub async fn run_by_id(tx: &mut impl Query, run_id: &str) -> Result<Option<RunRo
     row.as_ref().map(run).transpose()
 }
 
+/// The run of a predecessor's apply that stopped half-way; its images are the predecessor's snapshot.
+pub async fn predecessor_run(tx: &mut impl Query, migration_id: &str) -> Result<Option<String>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT run_id FROM update_runs WHERE migration_id = $1 AND actor = 'predecessor' AND committed_at IS NULL \
+             LIMIT 1",
+            values![migration_id],
+        )
+        .await?;
+    row.map(|row| row.text(0)).transpose()
+}
+
 /// Begins a run. The unique index on open runs lets one in (invariant I8).
 pub async fn begin_run(
     tx: &mut WriteTx,
@@ -660,22 +672,24 @@ pub async fn leaves_not_as_written(tx: &mut impl Query, run_id: &str) -> Result<
     row.ok_or(StoreError::HeadMissing)?.integer(0)
 }
 
-/// Checks the digests of a snapshot page by page: the row that does not fit, if one does not.
+/// Checks the digests of a snapshot's public images page by page: the row that does not fit, if one does not.
+///
+/// Sealed images need none: one that was changed does not open.
 pub async fn damaged_image(tx: &mut impl Query, run_id: &str) -> Result<Option<String>, StoreError> {
-    let mut after = String::new();
+    let (mut table, mut key) = (String::new(), String::new());
     loop {
         let rows = tx
             .rows(
-                "SELECT row_key, before, before_digest FROM update_images WHERE run_id = $1 AND sealed = 0 \
-                 AND table_name = 'internal_agents' AND row_key > $2 ORDER BY row_key LIMIT 512",
-                values![run_id, &after],
+                "SELECT table_name, row_key, before, before_digest FROM update_images WHERE run_id = $1 AND sealed = 0 \
+                 AND (table_name > $2 OR (table_name = $2 AND row_key > $3)) ORDER BY table_name, row_key LIMIT 512",
+                values![run_id, &table, &key],
             )
             .await?;
         let Some(last) = rows.last() else { return Ok(None) };
-        after = last.text(0)?;
+        (table, key) = (last.text(0)?, last.text(1)?);
         for row in &rows {
-            if digest(row.optional_text(1)?.as_deref()) != row.text(2)? {
-                return Ok(Some(format!("internal_agents/{}", row.text(0)?)));
+            if digest(row.optional_text(2)?.as_deref()) != row.text(3)? {
+                return Ok(Some(format!("{}/{}", row.text(0)?, row.text(1)?)));
             }
         }
     }

@@ -52,13 +52,7 @@ impl View {
             .map(|row| row.text(0))
             .transpose()?;
         let open = matches!(row_status.as_deref(), Some("pending" | "failed"));
-        let snapshot_of_predecessor = tx
-            .row(
-                "SELECT 1 FROM update_runs WHERE migration_id = $1 AND actor = 'predecessor' AND committed_at IS NULL LIMIT 1",
-                values![migration_id],
-            )
-            .await?
-            .is_some();
+        let snapshot_of_predecessor = super::store::predecessor_run(tx, migration_id).await?.is_some();
         let torn =
             if open && snapshot_of_predecessor { Some(Torn::read(tx, &authority).await?) } else { None };
         Ok(Self { authority, now, row_status, torn })

@@ -182,7 +182,8 @@ impl OrgCaPathLen {
         let present = authority.mastio_ca.as_ref().ok_or(UpdateError::KeyMissing("intermediate"))?;
         let mastio_ca_key = authority.mastio_ca_key.clone().ok_or(UpdateError::KeyMissing("intermediate"))?;
         let mut cells = Vec::new();
-        let mastio_ca = if present.verify_signature(&root).is_ok() {
+        let stays = present.verify_signature(&root).is_ok();
+        let mastio_ca = if stays {
             present.clone()
         } else {
             let tbs = resign::reissue_ca(
@@ -201,7 +202,7 @@ impl OrgCaPathLen {
             fleet: Some(Box::new(UnderIntermediate {
                 mastio_ca: mastio_ca.clone(),
                 mastio_ca_key,
-                only_foreign: true,
+                only_foreign: stays,
             })),
             result: Expected { org_ca: root, mastio_ca, replaced_org_ca: None },
         })
@@ -212,7 +213,8 @@ impl OrgCaPathLen {
 struct UnderIntermediate {
     mastio_ca: Certificate,
     mastio_ca_key: Arc<PrivateKey>,
-    /// Whether a leaf that the intermediate has signed already stays as it is.
+    /// Whether a leaf that the intermediate has signed already stays as it is: only where the intermediate stays
+    /// too, because its certificate follows the leaf in the row.
     only_foreign: bool,
 }
 
