@@ -108,6 +108,14 @@ pub struct PreparedMint {
     proof_key: ProofKey,
 }
 
+impl PreparedMint {
+    /// The request as it is sent: the DPoP header and the body. For whoever measures the server and not this client.
+    #[must_use]
+    pub fn into_request(self) -> (String, String) {
+        (self.proof, json!({ "client_assertion": self.assertion }).to_string())
+    }
+}
+
 /// The key that DPoP proofs are made with: fresh for each token.
 struct ProofKey {
     pair: EcdsaKeyPair,

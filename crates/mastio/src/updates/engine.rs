@@ -146,6 +146,7 @@ impl Run<'_> {
         let change_set = self.change_set(Arc::clone(&view)).await?;
         let ChangeSet { cells, fleet, result } = change_set;
         verify::authority(&result, self.now())?;
+        tracing::info!(migration_id = self.id(), "update_keys_ready");
         let fleet: Option<Arc<dyn FleetChange>> = fleet.map(Arc::from);
         self.stage_cells(&cells).await?;
         if let Some(fleet) = &fleet {

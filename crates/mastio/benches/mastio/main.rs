@@ -1,0 +1,241 @@
+//! What a Mastio does on this machine, beside what the machine itself allows: `cargo bench -p mastio`.
+//!
+//! The real binary runs as a process of its own on a legacy database; cryptography, disk and bare row writes are
+//! measured in the same run, so that the ratios mean something on a noisy machine. `docs/benchmarks.md` explains the
+//! figures. Nothing here asserts a time.
+
+mod client;
+mod load;
+mod machine;
+mod server;
+mod update;
+
+use std::time::Duration;
+
+use clap::Parser as _;
+use serde::Serialize;
+
+use load::Load;
+use machine::Machine;
+use server::Deploy;
+use update::Update;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Whatever ends a measurement.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Starts of an adopted deploy of which the median is shown.
+const STARTS: usize = 5;
+/// How long a server rests before its memory is read.
+const REST: Duration = Duration::from_secs(2);
+
+#[derive(clap::Parser)]
+#[command(
+    name = "cargo bench -p mastio --",
+    about = "What a Mastio does on this machine, beside what the machine itself allows"
+)]
+struct Options {
+    /// Sizes of the fleets to apply; more than five need python3 and MASTIO_SHARED
+    #[arg(long, value_delimiter = ',', default_values_t = [5, 1000, 10_000])]
+    agents: Vec<u32>,
+    /// How long each load lasts
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Leave the token path out
+    #[arg(long)]
+    no_load: bool,
+    /// One JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+    /// What cargo itself passes
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    machine: Machine,
+    mints: Vec<Load>,
+    logins: Vec<Load>,
+    health: Vec<Load>,
+    updates: Vec<Update>,
+    sizes_left_out: Vec<u32>,
+    process: Vec<Process>,
+}
+
+/// Start and memory of one deploy's process.
+#[derive(Serialize)]
+struct Process {
+    agents: u32,
+    first_start_with_adoption_ms: f64,
+    start_ms: f64,
+    idle_after_adoption_mib: f64,
+    idle_after_start_mib: f64,
+    peak_mib: f64,
+}
+
+fn main() -> Result<(), Failure> {
+    let options = Options::parse();
+    // One thread: the cores belong to the server.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(report(&options))?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        show(&report);
+    }
+    Ok(())
+}
+
+fn median_ms(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    times.get(times.len() / 2).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+}
+
+async fn report(options: &Options) -> Result<Report, Failure> {
+    let folder = tempfile::tempdir()?;
+    let machine = Machine::measure(folder.path())?;
+    let lasting = Duration::from_secs(options.seconds);
+    let (mut mints, mut logins, mut health) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut updates, mut process, mut sizes_left_out) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, agents) in options.agents.iter().enumerate() {
+        let Some(deploy) = Deploy::new(*agents)? else {
+            sizes_left_out.push(*agents);
+            continue;
+        };
+        let adopting = deploy.start()?;
+        let first_start = adopting.started_in;
+        tokio::time::sleep(REST).await;
+        let idle_after_adoption_mib = adopting.memory_mib("VmRSS")?;
+        adopting.stop()?;
+        let mut starts = Vec::new();
+        for _ in 1..STARTS {
+            let server = deploy.start()?;
+            starts.push(server.started_in);
+            server.stop()?;
+        }
+        let server = deploy.start()?;
+        starts.push(server.started_in);
+        tokio::time::sleep(REST).await;
+        let idle_after_start_mib = server.memory_mib("VmRSS")?;
+        let rows_s = machine::bare_rows_s(folder.path(), *agents).await?;
+        updates.push(update::measure(&deploy, &server, &machine, rows_s).await?);
+        if index == 0 && !options.no_load {
+            update::apply(&deploy, &server).await?;
+            for (connections, share) in [(1, 0.4), (16, 1.0), (64, 1.0)] {
+                let most_per_s = machine.mints_by_cryptography_alone * share;
+                mints.push(load::mints(&deploy, &server, connections, lasting, most_per_s).await?);
+            }
+            logins.push(load::logins(&deploy, &server, 16, lasting).await?);
+            for connections in [1, 64] {
+                health.push(load::health(&deploy, &server, connections, lasting).await?);
+            }
+        }
+        process.push(Process {
+            agents: *agents,
+            first_start_with_adoption_ms: first_start.as_secs_f64() * 1e3,
+            start_ms: median_ms(starts),
+            idle_after_adoption_mib,
+            idle_after_start_mib,
+            peak_mib: server.memory_mib("VmHWM")?,
+        });
+        server.stop()?;
+    }
+    Ok(Report { machine, mints, logins, health, updates, sizes_left_out, process })
+}
+
+fn show(report: &Report) {
+    let machine = &report.machine;
+    println!("Machine: {} cores", machine.cores);
+    println!(
+        "  P-256, one core: {:.0} signatures/s, {:.0} verifications/s; all cores: {:.0} and {:.0}",
+        machine.p256_sign_one_core,
+        machine.p256_verify_one_core,
+        machine.p256_sign_all_cores,
+        machine.p256_verify_all_cores
+    );
+    println!(
+        "  RSA-4096 key: {:.2} s mean, {:.2} s longest; fdatasync: {:.0}/s",
+        machine.rsa4096_generate_mean_s, machine.rsa4096_generate_max_s, machine.fdatasync_per_s
+    );
+    println!(
+        "  Mints that the cryptography alone allows on all cores: {:.0}/s",
+        machine.mints_by_cryptography_alone
+    );
+    let loads = |name: &str, loads: &[Load], most: Option<f64>| {
+        for load in loads {
+            let ratio = most.map(|most| {
+                let by_cpu = machine.cores as f64 * 1e6 / load.server_cpu_us;
+                format!(
+                    "  {:3.0} % of the cryptography ({:.0} % by the server's own CPU)",
+                    100.0 * load.per_s / most,
+                    100.0 * by_cpu / most
+                )
+            });
+            println!(
+                "{name:<10} {:>4} {:>8.0} {:>8.2} {:>8.2} {:>8.2} {:>8.1} {:>8.0}{}",
+                load.connections,
+                load.per_s,
+                load.p50_ms,
+                load.p95_ms,
+                load.p99_ms,
+                load.max_ms,
+                load.server_cpu_us,
+                ratio.unwrap_or_default()
+            );
+        }
+    };
+    if !report.mints.is_empty() {
+        println!(
+            "\n{:<10} {:>4} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}",
+            "", "conn", "per s", "p50 ms", "p95 ms", "p99 ms", "max ms", "CPU µs"
+        );
+    }
+    loads("mint", &report.mints, Some(machine.mints_by_cryptography_alone));
+    loads("login", &report.logins, None);
+    loads("/healthz", &report.health, None);
+    let phases = |phases: &[(String, f64)]| {
+        let shown: Vec<_> = phases.iter().map(|(phase, took)| format!("{phase} {took:.3}")).collect();
+        shown.join(", ")
+    };
+    for update in &report.updates {
+        println!("\n{} agents", update.agents);
+        println!("  apply {:.2} s: {}", update.apply_s, phases(&update.phases));
+        println!(
+            "  floor {:.2} s: RSA key {:.2}, signatures {:.2}, rows {:.2}; {:.1} times the floor, {:.1} times without the key",
+            update.floor.total_s,
+            update.floor.rsa_key_s,
+            update.floor.signatures_s,
+            update.floor.rows_s,
+            update.ratio,
+            update.ratio_without_keys
+        );
+        println!(
+            "  longest wait meanwhile: read {:.0} ms ({}), write {:.0} ms ({})",
+            update.longest_read_ms, update.longest_read_in, update.longest_write_ms, update.longest_write_in
+        );
+        println!("  rollback {:.2} s: {}", update.rollback_s, phases(&update.rollback_phases));
+        println!(
+            "  longest wait meanwhile: read {:.0} ms, write {:.0} ms",
+            update.longest_read_in_rollback_ms, update.longest_write_in_rollback_ms
+        );
+    }
+    println!();
+    for process in &report.process {
+        println!(
+            "{} agents: started in {:.0} ms (with adoption {:.0} ms); resident {:.0} MiB after adoption, {:.0} MiB \
+             after a start, {:.0} MiB at most",
+            process.agents,
+            process.start_ms,
+            process.first_start_with_adoption_ms,
+            process.idle_after_adoption_mib,
+            process.idle_after_start_mib,
+            process.peak_mib
+        );
+    }
+    for agents in &report.sizes_left_out {
+        println!("{agents} agents: left out, MASTIO_SHARED does not name the folder of the generator");
+    }
+}
