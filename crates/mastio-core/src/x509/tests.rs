@@ -554,6 +554,54 @@ fn an_authority_key_identifier_is_replaced_in_its_place_or_appended() {
 }
 
 #[test]
+fn completing_a_leaf_adds_what_it_lacks_and_keeps_every_byte_of_the_rest() {
+    let pki = Pki::new();
+    let [bare, ..] = legacy();
+    let algorithm = pki.ca_key.algorithm();
+    for leaf in [bare, pki.leaf.clone()] {
+        let done = pki.ca_key.complete(resign::complete_leaf(&leaf, &pki.ca, &serial(), algorithm));
+        assert_eq!(lints::leaf_gaps(&done), [""; 0]);
+        assert_eq!(lints::complete_findings(&done, &pki.ca), []);
+        assert_eq!(done.subject_der(), leaf.subject_der());
+        assert_eq!(done.spki_der(), leaf.spki_der());
+        assert_eq!(done.validity_der(), leaf.validity_der());
+        assert_eq!(done.uri_sans(), leaf.uri_sans());
+        assert_eq!(done.subject_key_id(), Some(leaf.key_id().as_slice()));
+        let has = |raw: &[u8]| done.extensions().iter().any(|extension| extension.raw() == raw);
+        let mut others =
+            leaf.extensions().iter().filter(|extension| extension.oid() != AUTHORITY_KEY_IDENTIFIER);
+        assert!(others.all(|extension| has(extension.raw())));
+        assert!(validate_strict(&done, std::slice::from_ref(&pki.ca), &pki.root, NOW).is_ok());
+    }
+}
+
+#[test]
+fn a_reissued_root_is_the_same_anchor_with_both_key_identifiers() {
+    let key = Key::rsa_a();
+    let bare = Forged {
+        issuer: &root(&key, 1),
+        issuer_key: &key,
+        subject: "acme CA",
+        key: &key,
+        validity: validity(),
+        extensions: vec![
+            extension::basic_constraints(crate::x509::BasicConstraints { ca: true, path_len: None }),
+            extension::key_usage(crate::x509::KeyUsage::CERTIFICATE_AND_CRL_SIGN),
+        ],
+    }
+    .certificate();
+    let after = key.complete(resign::reissue_root(&bare, &serial(), key.algorithm()));
+    assert_eq!(bare.subject_key_id(), None);
+    assert_eq!(after.subject_der(), bare.subject_der());
+    assert_eq!(after.spki_der(), bare.spki_der());
+    assert_eq!(after.validity_der(), bare.validity_der());
+    assert_eq!(after.basic_constraints(), bare.basic_constraints());
+    assert_eq!(after.subject_key_id(), Some(bare.key_id().as_slice()));
+    assert_eq!(after.authority_key_id(), after.subject_key_id());
+    assert_eq!(after.verify_signature(&after), Ok(()));
+}
+
+#[test]
 fn a_version_1_leaf_becomes_version_3_when_re_signed() {
     let pki = Pki::new();
     let old = Certificate::from_pem(vector!("v1_self_signed.pem")).unwrap();

@@ -1,6 +1,6 @@
 //! A leaf cannot sign certificates: no cA bit (RFC 5280 §4.2.1.9) and no keyCertSign (§4.2.1.3).
 //!
-//! Under the `resign` rules only the cA bit counts: keyUsage is the owner's, and without cA it opens nothing.
+//! Where the fields are an owner's, only the cA bit counts: keyUsage is the owner's, and without cA it opens nothing.
 
 use super::{Judged, Role, Rules};
 use crate::x509::extension::BASIC_CONSTRAINTS;
@@ -18,7 +18,7 @@ pub(super) fn judge(judged: &Judged<'_>) -> Option<String> {
         return Some("a leaf says that it is a ca".to_owned());
     }
     let signs = certificate.key_usage().is_some_and(|usage| usage.key_cert_sign());
-    (signs && judged.rules != Rules::Resign).then(|| "a leaf has keyCertSign".to_owned())
+    (signs && !judged.rules.copied()).then(|| "a leaf has keyCertSign".to_owned())
 }
 
 #[cfg(test)]

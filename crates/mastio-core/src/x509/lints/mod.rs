@@ -3,7 +3,8 @@
 //! A lint reads the finished bytes, as a stranger would, and not the values they were made of: a mistake in
 //! writing is found by the code that did not write. There are two rule sets. The *full* one is for what we
 //! issue by our own profiles. The *resign* one is for a leaf whose owner's fields are copied: those stay as
-//! they are, so only what we set is judged, and that we do not make a CA.
+//! they are, so only what we set is judged, and that we do not make a CA. The *complete* one is for a leaf that
+//! was copied and got what the agent profile asks for besides: it is *resign*, and nothing may be missing any more.
 
 mod authority_key_identifier;
 mod certificate_authority;
@@ -12,11 +13,14 @@ mod end_entity;
 mod extension_encoding;
 mod issuer_name;
 mod key_size;
+mod leaf_profile;
 mod path_length;
 mod serial;
 mod signature_algorithm;
 mod subject_alternative_name;
 mod validity;
+
+pub use self::leaf_profile::leaf_gaps;
 
 use super::{Certificate, Finding, SignatureAlgorithm, X509Error, certificate::assemble};
 
@@ -36,6 +40,14 @@ pub enum Role {
 enum Rules {
     Full(Role),
     Resign,
+    Complete,
+}
+
+impl Rules {
+    /// Whether the fields are an owner's, copied as they are.
+    fn copied(self) -> bool {
+        matches!(self, Self::Resign | Self::Complete)
+    }
 }
 
 /// What a lint looks at.
@@ -80,6 +92,17 @@ const RESIGN: [Lint; 7] = [
     ("authority_key_identifier", authority_key_identifier::judge),
 ];
 
+const COMPLETE: [Lint; 8] = [
+    ("duplicate_extensions", duplicate_extensions::judge),
+    ("serial", serial::judge),
+    ("signature_algorithm", signature_algorithm::judge),
+    ("issuer_name", issuer_name::judge),
+    ("validity", validity::judge),
+    ("end_entity", end_entity::judge),
+    ("authority_key_identifier", authority_key_identifier::judge),
+    ("leaf_profile", leaf_profile::judge),
+];
+
 fn run(lints: &[Lint], judged: &Judged<'_>) -> Vec<Finding> {
     lints.iter().filter_map(|(lint, judge)| judge(judged).map(|detail| Finding { lint, detail })).collect()
 }
@@ -97,6 +120,12 @@ pub fn full_findings(certificate: &Certificate, issuer: &Certificate, role: Role
 #[must_use]
 pub fn resign_findings(certificate: &Certificate, issuer: &Certificate) -> Vec<Finding> {
     run(&RESIGN, &Judged { certificate, issuer, rules: Rules::Resign })
+}
+
+/// What the `complete` rules find in a leaf that was copied and completed; empty where it meets them.
+#[must_use]
+pub fn complete_findings(certificate: &Certificate, issuer: &Certificate) -> Vec<Finding> {
+    run(&COMPLETE, &Judged { certificate, issuer, rules: Rules::Complete })
 }
 
 /// Bytes that the lints have passed and that may be signed. Only this module makes one.
@@ -157,6 +186,16 @@ pub(super) fn admit_resigned(
 ) -> Result<LintedTbs, X509Error> {
     let unsigned = unsigned(&tbs, algorithm)?;
     conclude(tbs, algorithm, resign_findings(&unsigned, issuer))
+}
+
+/// Runs the `complete` rules on what is to be signed by `issuer`.
+pub(super) fn admit_completed(
+    tbs: Vec<u8>,
+    algorithm: SignatureAlgorithm,
+    issuer: &Certificate,
+) -> Result<LintedTbs, X509Error> {
+    let unsigned = unsigned(&tbs, algorithm)?;
+    conclude(tbs, algorithm, complete_findings(&unsigned, issuer))
 }
 
 /// The certificate-to-be with an empty signature, so that lints read it like any other.
@@ -277,6 +316,11 @@ mod fixture {
         /// The same under the `resign` rules.
         pub(super) fn resign(&self) -> Vec<&'static str> {
             names(resign_findings(&self.certificate(), &Self::root().certificate()))
+        }
+
+        /// The same under the `complete` rules.
+        pub(super) fn complete(&self) -> Vec<&'static str> {
+            names(complete_findings(&self.certificate(), &Self::root().certificate()))
         }
     }
 

@@ -24,7 +24,7 @@ pub(super) fn judge(judged: &Judged<'_>) -> Option<String> {
         },
         Rules::Full(Role::Server) => (certificate.dns_sans().is_empty() && certificate.ip_sans().is_empty())
             .then(|| "a server has neither dns name nor address".to_owned()),
-        Rules::Full(Role::CertificateAuthority) | Rules::Resign => None,
+        Rules::Full(Role::CertificateAuthority) | Rules::Resign | Rules::Complete => None,
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A re-signed leaf keeps its owner's encoding, so there only the order is judged.
 
-use super::{Judged, Rules};
+use super::Judged;
 use crate::x509::tlv::time;
 
 pub(super) fn judge(judged: &Judged<'_>) -> Option<String> {
@@ -16,7 +16,7 @@ pub(super) fn judge(judged: &Judged<'_>) -> Option<String> {
             not_after.to_rfc3339()
         ));
     }
-    if judged.rules == Rules::Resign {
+    if judged.rules.copied() {
         return None;
     }
     [(not_before, certificate.not_before_der()), (not_after, certificate.not_after_der())]
