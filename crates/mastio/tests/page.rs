@@ -11,8 +11,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::sdk::{Agent, Python, TOOL, Upstream, mint};
-use harness::{ADMIN_SECRET, Database, Deploy, MIGRATION, certificates, jq, openssl, run, shared, wait_for};
+use harness::{
+    ADMIN_SECRET, Database, Deploy, MIGRATION, certificates, jq, openssl, required_environment, run, shared,
+    wait_for,
+};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 // The commands of the page, as printed.
 const HEALTHZ: &str = "curl -sk https://localhost:9443/healthz | jq";
@@ -494,13 +498,30 @@ fn x509(pem: &str, arguments: &[&str]) -> String {
     openssl(&arguments, pem)
 }
 
+/// The page's deploy has one row pending. The stored file's leaves lack their profile as well, which is a row of its own:
+/// they are made complete, for the same keys. The database, and the folder of what agents hold.
+fn only_the_path_length_is_wrong(shared: &Path) -> (TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, keys) = (folder.path().join("page.db"), folder.path().join("keys"));
+    let legacy = shared.join("fixtures/legacy");
+    run(Command::new(required_environment("MASTIO_TEST_JUDGES_PYTHON"))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/updates/reshape_legacy_db.py"))
+        .arg(legacy.join("v01_root5.db"))
+        .arg(&file)
+        .arg("--keys")
+        .arg(legacy.join("keys/v01_root5"))
+        .arg(&keys)
+        .arg("--complete-leaves"));
+    (folder, file, keys)
+}
+
 fn walk(database: Database) {
     let Some(shared) = shared() else { return };
     let page = fs::read_to_string(shared.join("seeds/000_de34ea8cbe5b71cc.txt")).unwrap();
     assert_quotes_are_the_page(&page);
 
-    let keys = shared.join("fixtures/legacy/keys/v01_root5");
-    let deploy = Deploy::legacy("v01_root5").unwrap().listening_on_if_free(9443).on(database);
+    let (_folder, file, keys) = only_the_path_length_is_wrong(&shared);
+    let deploy = Deploy::on_file(&file).listening_on_if_free(9443).on(database);
     let files = deploy.folder().join("agents");
     for name in ["agent-0001", "agent-0002", "agent-0003"] {
         fs::create_dir_all(files.join(name)).unwrap();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mastio_core::time::UnixTime;
 use mastio_core::token::jwk::PublicJwk;
 use mastio_core::x509::Certificate;
+use mastio_core::x509::lints::leaf_gaps;
 use mastio_core::x509::path::Anchor;
 
 use super::keys::{NewKey, PrivateKey, SealingKey};
@@ -237,6 +238,8 @@ pub struct CertificateFacts {
     pub issuer_key_id: String,
     /// Unix seconds.
     pub not_after: i64,
+    /// What the agent profile asks for and the leaf lacks, comma-separated; empty where it is complete.
+    pub profile_gaps: String,
 }
 
 impl CertificateFacts {
@@ -256,6 +259,7 @@ impl CertificateFacts {
             serial: leaf.serial_hex(),
             issuer_key_id: issuer.map(|issuer| hex(&issuer.key_id())).unwrap_or_default(),
             not_after: leaf.not_after().0,
+            profile_gaps: leaf_gaps(leaf).join(","),
         }
     }
 
@@ -268,7 +272,8 @@ impl CertificateFacts {
             &self.spki_sha256,
             &self.serial,
             &self.issuer_key_id,
-            self.not_after
+            self.not_after,
+            &self.profile_gaps
         ]
         .to_vec()
     }
@@ -280,10 +285,11 @@ pub async fn set_certificate_facts(
     rows: &[Vec<crate::store::Value>],
 ) -> Result<(), PkiError> {
     tx.insert_many(
-        "agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after)",
+        "agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, profile_gaps)",
         rows,
         "ON CONFLICT (agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, spki_sha256 = excluded.spki_sha256, \
-         serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after",
+         serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after, \
+         profile_gaps = excluded.profile_gaps",
     )
     .await?;
     Ok(())

@@ -158,7 +158,15 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "agent_certificates",
-        columns: &["agent_id", "fingerprint", "spki_sha256", "serial", "issuer_key_id", "#not_after"],
+        columns: &[
+            "agent_id",
+            "fingerprint",
+            "spki_sha256",
+            "serial",
+            "issuer_key_id",
+            "#not_after",
+            "profile_gaps",
+        ],
     },
     Table {
         name: "superseded_certificates",
@@ -222,6 +230,8 @@ const TABLES: &[Table] = &[
             "old_fingerprint",
             "old_serial",
             "old_issuer_key_id",
+            "profile_gaps",
+            "old_profile_gaps",
         ],
     },
     Table { name: "used_jwt_ids", columns: &["jwt_id", "#expires_at"] },

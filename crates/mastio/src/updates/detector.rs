@@ -1,4 +1,4 @@
-//! The detector: asks every migration at boot whether it is needed.
+//! The detector: asks every migration at boot, and after every run, whether it is needed.
 //!
 //! It runs after the identity exists and before the first request. A check that fails or panics does not stop the boot;
 //! for a critical migration it halts, because nobody knows whether the state is right. What operators did to a row by
@@ -18,6 +18,7 @@ use crate::pki::sealing::{clear_state, set_state};
 impl Updates {
     /// Runs every check, writes what it found, and makes halt and findings current.
     pub async fn detect(&self) -> Result<(), UpdateError> {
+        engine::complete_facts(&self.pki).await?;
         let mut findings = Findings::default();
         for migration in REGISTRY.iter().copied() {
             self.detect_one(migration, &mut findings).await?;
@@ -70,7 +71,9 @@ impl Updates {
                     "update_impossible: {}",
                     refusal.message
                 );
-                findings.impossible.push(refusal.reason.to_owned());
+                if !findings.impossible.iter().any(|reason| reason == refusal.reason) {
+                    findings.impossible.push(refusal.reason.to_owned());
+                }
                 after.1 = Some(refusal.reason.to_owned());
             }
             Ok(Need::Needed { note }) => {

@@ -18,10 +18,10 @@ use super::crash::crash_point;
 use super::error::UpdateError;
 use super::halt::ExemptPermit;
 use super::migration::{
-    After, CarryBack, Cell, ChangeSet, Criticality, Expected, FleetAfter, FleetChange, FleetRow, Migration,
-    Need, RestoredAuthority, Tools,
+    After, CarryBack, Cell, ChangeSet, Criticality, Expected, FleetAfter, FleetChange, FleetColumn, FleetRow,
+    Migration, Need, RestoredAuthority, Tools,
 };
-use super::store::{self as rows, FleetCell, StagedLeaf};
+use super::store::{self as rows, FleetCell, StagedCell, StagedFacts};
 use super::verify;
 use super::view::View;
 use super::{Direction, Phase, Progress, Updates};
@@ -55,7 +55,7 @@ pub struct Plan {
     pub note: Option<String>,
     /// Single cells that change.
     pub cells: Vec<String>,
-    /// Leaves that change.
+    /// Rows of the fleet that change: leaves, or enrollment tags.
     pub leaves: i64,
     /// Agents that are deliberately left alone, by enrollment type.
     pub not_covered: serde_json::Value,
@@ -145,12 +145,14 @@ impl Run<'_> {
         let view = Arc::new(view);
         let change_set = self.change_set(Arc::clone(&view)).await?;
         let ChangeSet { cells, fleet, result } = change_set;
-        verify::authority(&result, self.now())?;
+        if let Some(result) = &result {
+            verify::authority(result, self.now())?;
+        }
         tracing::info!(migration_id = self.id(), "update_keys_ready");
-        let fleet: Option<Arc<dyn FleetChange>> = fleet.map(Arc::from);
+        let fleet = self.fleet(fleet);
         self.stage_cells(&cells).await?;
         if let Some(fleet) = &fleet {
-            self.stage_fleet(fleet, &result, total).await?;
+            self.stage_fleet(fleet, result.as_ref(), total).await?;
         }
         crash_point("apply.prepare");
 
@@ -161,18 +163,23 @@ impl Run<'_> {
         self.enter(Phase::Commit, 0, total).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_apply(&view, &cells, &result).await? {
+            match self.commit_apply(&view, &cells, result.as_ref()).await? {
                 Commit::Done(done) => {
                     outcome = Some(done);
                     break;
                 }
-                Commit::Moved(agent_ids) => self.follow(&agent_ids, fleet.as_ref(), &result).await?,
+                Commit::Moved(agent_ids) => self.follow(&agent_ids, fleet.as_ref(), result.as_ref()).await?,
             }
         }
         let outcome = outcome.ok_or(UpdateError::CannotCatchUp)?;
         crash_point("apply.commit");
         self.activate().await?;
         Ok(Some(outcome))
+    }
+
+    /// The column of the fleet in scope, with what changes it.
+    fn fleet(&self, change: Option<Box<dyn FleetChange>>) -> Option<Fleet> {
+        Some(Fleet { column: self.migration.scope().fleet?, change: Arc::from(change?) })
     }
 
     /// Copies the scope, durable before anything else happens (invariant I3).
@@ -210,8 +217,8 @@ impl Run<'_> {
         rows::insert_images(&mut tx, &images).await?;
         tx.commit_unaudited().await?;
         total += i64::try_from(images.len()).unwrap_or(i64::MAX);
-        if scope.fleet {
-            total += self.snapshot_fleet().await?;
+        if let Some(column) = scope.fleet {
+            total += self.snapshot_fleet(column).await?;
         }
         let mut tx = store.write().await?;
         if let Some(inherited) = &inherited {
@@ -233,17 +240,15 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn snapshot_fleet(&self) -> Result<i64, UpdateError> {
+    async fn snapshot_fleet(&self, column: FleetColumn) -> Result<i64, UpdateError> {
         let store = &self.updates.pki.store;
         let (mut after, mut total) = (String::new(), 0);
         loop {
-            let page = rows::fleet_page(&mut store.read().await?, &after, BATCH_LEAVES).await?;
+            let page = rows::fleet_page(&mut store.read().await?, column, &after, BATCH_LEAVES).await?;
             let Some(last) = page.last() else { return Ok(total) };
             after.clone_from(&last.agent_id);
-            let images: Vec<_> = page
-                .iter()
-                .map(|cell| rows::fleet_image(&self.run_id, &cell.agent_id, &cell.cert_pem, None))
-                .collect();
+            let images: Vec<_> =
+                page.iter().map(|cell| rows::fleet_image(&self.run_id, column, cell)).collect();
             let mut tx = store.write().await?;
             rows::insert_images(&mut tx, &images).await?;
             tx.commit_unaudited().await?;
@@ -305,14 +310,16 @@ impl Run<'_> {
 
     async fn stage_fleet(
         &self,
-        fleet: &Arc<dyn FleetChange>,
-        result: &Expected,
+        fleet: &Fleet,
+        result: Option<&Expected>,
         total: i64,
     ) -> Result<(), UpdateError> {
         let (mut after, mut done) = (String::new(), 0);
         loop {
             let store = &self.updates.pki.store;
-            let page = rows::image_page(&mut store.read().await?, &self.run_id, &after, BATCH_LEAVES).await?;
+            let mut tx = store.read().await?;
+            let page = rows::image_page(&mut tx, fleet.column, &self.run_id, &after, BATCH_LEAVES).await?;
+            drop(tx);
             let Some(last) = page.last() else { return Ok(()) };
             after.clone_from(&last.agent_id);
             done += i64::try_from(page.len()).unwrap_or(i64::MAX);
@@ -324,19 +331,19 @@ impl Run<'_> {
     async fn stage_leaves(
         &self,
         page: Vec<FleetCell>,
-        fleet: &Arc<dyn FleetChange>,
-        result: &Expected,
+        fleet: &Fleet,
+        result: Option<&Expected>,
     ) -> Result<(), UpdateError> {
         let staged = change_leaves(
             page,
-            Arc::clone(fleet),
-            result.clone(),
+            fleet.clone(),
+            result.cloned(),
             Arc::clone(&self.updates.pki.entropy),
             self.now(),
         )
         .await?;
         let mut tx = self.updates.pki.store.write().await?;
-        rows::stage(&mut tx, &self.run_id, &staged).await?;
+        rows::stage(&mut tx, fleet.column, &self.run_id, &staged).await?;
         Ok(tx.commit_unaudited().await?)
     }
 
@@ -355,26 +362,23 @@ impl Run<'_> {
     async fn follow(
         &self,
         agent_ids: &[String],
-        fleet: Option<&Arc<dyn FleetChange>>,
-        result: &Expected,
+        fleet: Option<&Fleet>,
+        result: Option<&Expected>,
     ) -> Result<(), UpdateError> {
+        let Some(fleet) = fleet else { return Ok(()) };
         let store = &self.updates.pki.store;
         let mut tx = store.write().await?;
         rows::forget_images(&mut tx, &self.run_id, agent_ids).await?;
         let mut present = Vec::new();
         for agent_id in agent_ids {
-            present.extend(rows::fleet_cell(&mut tx, agent_id).await?);
+            present.extend(rows::fleet_cell(&mut tx, fleet.column, agent_id).await?);
         }
-        let images: Vec<_> = present
-            .iter()
-            .map(|cell| rows::fleet_image(&self.run_id, &cell.agent_id, &cell.cert_pem, None))
-            .collect();
+        let images: Vec<_> =
+            present.iter().map(|cell| rows::fleet_image(&self.run_id, fleet.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
         tx.commit_unaudited().await?;
-        if let Some(fleet) = fleet {
-            for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
-                self.stage_leaves(page.to_vec(), fleet, result).await?;
-            }
+        for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
+            self.stage_leaves(page.to_vec(), fleet, result).await?;
         }
         self.verify_staged().await
     }
@@ -384,21 +388,22 @@ impl Run<'_> {
         &self,
         view: &View,
         cells: &[(Cell, After)],
-        result: &Expected,
+        result: Option<&Expected>,
     ) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
         let declaration = self.migration.declaration();
         let mut tx = pki.store.write().await?;
         let now = self.now();
-        if self.migration.scope().fleet {
-            let moved = rows::moved(&mut tx, &self.run_id, MOVED_LEAVES_MAX).await?;
+        let column = self.migration.scope().fleet;
+        if let Some(column) = column {
+            let moved = rows::moved(&mut tx, column, &self.run_id, MOVED_LEAVES_MAX).await?;
             if !moved.is_empty() {
                 return Ok(Commit::Moved(moved));
             }
         }
         self.refuse_if_cells_moved(&mut tx).await?;
         // The replaced root goes on as a retiring anchor; its key signs our TLS leaf until the overlap ends.
-        if let Some(replaced) = &result.replaced_org_ca {
+        if let Some(replaced) = result.and_then(|result| result.replaced_org_ca.as_ref()) {
             let stored = pki_rows::config(&mut tx, config_key::ORG_CA_KEY).await?;
             let from = pki_rows::config_place(config_key::ORG_CA_KEY);
             let to = pki_rows::anchor_place(&replaced.fingerprint());
@@ -411,7 +416,11 @@ impl Run<'_> {
         for (cell, _) in cells {
             self.write_cell(&mut tx, cell).await?;
         }
-        let leaves = rows::write_fleet(&mut tx, &self.run_id, now).await?;
+        let leaves = match column {
+            Some(column) => rows::write_fleet(&mut tx, column, &self.run_id, now).await?,
+            None => 0,
+        };
+        rows::settle_images(&mut tx, &self.run_id).await?;
         rows::set_applied(&mut tx, declaration, now).await?;
         rows::set_committed(&mut tx, &self.run_id, declaration.criticality == Criticality::Critical, now)
             .await?;
@@ -423,8 +432,8 @@ impl Run<'_> {
             json!({
                 "leaves": leaves,
                 "org_ca_before": view.authority.org_ca.fingerprint(),
-                "org_ca_after": result.org_ca.fingerprint(),
-                "mastio_ca_after": result.mastio_ca.fingerprint(),
+                "org_ca_after": result.map(|result| result.org_ca.fingerprint()),
+                "mastio_ca_after": result.map(|result| result.mastio_ca.fingerprint()),
             }),
         )])
         .await?;
@@ -490,14 +499,18 @@ impl Run<'_> {
             Direction::Apply => "apply.activate",
             Direction::Rollback => "rollback.activate",
         });
-        if let (Direction::Apply, Some(mastio_ca)) = (self.direction, &authority.mastio_ca) {
+        let scope = self.migration.scope();
+        if let (Direction::Apply, true, Some(mastio_ca)) =
+            (self.direction, scope.has_certificates(), &authority.mastio_ca)
+        {
             path::verify_ca_chain(mastio_ca, &authority.org_ca, self.now())
                 .map_err(|_| UpdateError::StoredState("the intermediate under the Org CA".to_owned()))?;
         }
-        if self.direction == Direction::Apply {
-            let wrong = rows::leaves_not_as_written(&mut pki.store.read().await?, &self.run_id).await?;
+        if let (Direction::Apply, Some(column)) = (self.direction, scope.fleet) {
+            let wrong =
+                rows::fleet_not_as_written(&mut pki.store.read().await?, column, &self.run_id).await?;
             if wrong > 0 {
-                return Err(UpdateError::StoredState(format!("{wrong} leaves")));
+                return Err(UpdateError::StoredState(format!("{wrong} agents' {}", column.as_str())));
             }
         }
         let mut tx = pki.store.write().await?;
@@ -538,32 +551,31 @@ impl Run<'_> {
             self.take_torn_as_committed(&snapshot.run_id).await?;
         }
         let restored = self.restored_authority(&snapshot.run_id).await?;
-        let carry_back: Arc<dyn CarryBack> = Arc::from(self.migration.carry_back(restored));
+        let carried = match (self.migration.carry_back(restored), self.migration.scope().fleet) {
+            (Some(carry_back), Some(column)) => Some(Carried { column, carry_back: Arc::from(carry_back) }),
+            _ => None,
+        };
         self.enter(Phase::Prepare, 0, 0).await?;
-        let mut after = String::new();
-        loop {
-            let page =
-                rows::changed_since_page(&mut store.read().await?, &snapshot.run_id, &after, BATCH_LEAVES)
-                    .await?;
-            let Some(last) = page.last() else { break };
-            after.clone_from(&last.agent_id);
-            self.stage_carried(page, &carry_back).await?;
+        if let Some(carried) = &carried {
+            self.carry_back(&snapshot.run_id, carried).await?;
         }
         crash_point("rollback.prepare");
         self.enter(Phase::Commit, 0, 0).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_rollback(&snapshot.run_id).await? {
+            match self.commit_rollback(&snapshot.run_id, carried.as_ref()).await? {
                 Commit::Done(done) => {
                     outcome = Some(done);
                     break;
                 }
                 Commit::Moved(agent_ids) => {
+                    let Some(carried) = &carried else { continue };
                     let mut present = Vec::new();
                     for agent_id in &agent_ids {
-                        present.extend(rows::fleet_cell(&mut store.read().await?, agent_id).await?);
+                        let mut tx = store.read().await?;
+                        present.extend(rows::fleet_cell(&mut tx, carried.column, agent_id).await?);
                     }
-                    self.stage_carried(present, &carry_back).await?;
+                    self.stage_carried(present, carried).await?;
                 }
             }
         }
@@ -571,6 +583,21 @@ impl Run<'_> {
         crash_point("rollback.commit");
         self.activate().await?;
         Ok(outcome)
+    }
+
+    /// Carries back what arose or changed since the apply, page by page.
+    async fn carry_back(&self, apply_run: &str, carried: &Carried) -> Result<(), UpdateError> {
+        let store = &self.updates.pki.store;
+        let mut after = String::new();
+        loop {
+            let mut tx = store.read().await?;
+            let page =
+                rows::changed_since_page(&mut tx, carried.column, apply_run, &after, BATCH_LEAVES).await?;
+            drop(tx);
+            let Some(last) = page.last() else { return Ok(()) };
+            after.clone_from(&last.agent_id);
+            self.stage_carried(page, carried).await?;
+        }
     }
 
     /// An apply that never committed is undone by forgetting it.
@@ -635,11 +662,11 @@ impl Run<'_> {
             Some(image) => {
                 let side = if image.restore.is_some() { "restore" } else { "before" };
                 let sealed = image.restored().ok_or_else(|| damaged(key.row_key))?;
-                Arc::new(pki.sealing().open_key(&rows::image_place(apply_run, &key, side), sealed)?)
+                Some(Arc::new(pki.sealing().open_key(&rows::image_place(apply_run, &key, side), sealed)?))
             }
-            None => authority.org_ca_key.clone().ok_or(UpdateError::KeyMissing("Org CA"))?,
+            None => authority.org_ca_key.clone(),
         };
-        if !org_ca.public_key_matches_spki(org_ca_key.spki_der()) {
+        if org_ca_key.as_ref().is_some_and(|key| !org_ca.public_key_matches_spki(key.spki_der())) {
             return Err(damaged(key.row_key));
         }
         let cert = Cell::config(config_key::MASTIO_CA_CERT);
@@ -653,42 +680,46 @@ impl Run<'_> {
         Ok(RestoredAuthority { org_ca, org_ca_key, mastio_ca, mastio_ca_key })
     }
 
-    async fn stage_carried(
-        &self,
-        page: Vec<FleetCell>,
-        carry_back: &Arc<dyn CarryBack>,
-    ) -> Result<(), UpdateError> {
+    async fn stage_carried(&self, page: Vec<FleetCell>, carried: &Carried) -> Result<(), UpdateError> {
         let mut tx = self.updates.pki.store.write().await?;
-        let images: Vec<_> = page
-            .iter()
-            .map(|cell| rows::fleet_image(&self.run_id, &cell.agent_id, &cell.cert_pem, None))
-            .collect();
+        let images: Vec<_> =
+            page.iter().map(|cell| rows::fleet_image(&self.run_id, carried.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
         let permit = ExemptPermit::for_run();
         let entropy = &self.updates.pki.entropy;
         let mut staged = Vec::new();
         for cell in page {
-            let row = fleet_row(&cell)?;
-            if let Some(after) = carry_back.carry_back(&row, &permit, entropy)? {
-                staged.push(staged_leaf(&row, after, None));
+            let row = fleet_row(&cell, carried.column)?;
+            if let Some(after) = carried.carry_back.carry_back(&row, &permit, entropy)? {
+                staged.push(staged_cell(&row, after, None));
             }
         }
-        rows::stage(&mut tx, &self.run_id, &staged).await?;
+        rows::stage(&mut tx, carried.column, &self.run_id, &staged).await?;
         Ok(tx.commit_unaudited().await?)
     }
 
     /// The one commit of a rollback.
-    async fn commit_rollback(&self, apply_run: &str) -> Result<Commit, UpdateError> {
+    async fn commit_rollback(
+        &self,
+        apply_run: &str,
+        carried: Option<&Carried>,
+    ) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
         let mut tx = pki.store.write().await?;
         let now = self.now();
-        let moved = rows::carry_back_moved(&mut tx, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
-        if !moved.is_empty() {
-            return Ok(Commit::Moved(moved));
+        if let Some(Carried { column, .. }) = carried {
+            let moved =
+                rows::carry_back_moved(&mut tx, *column, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
+            if !moved.is_empty() {
+                return Ok(Commit::Moved(moved));
+            }
         }
         let before = pki.authority().org_ca.clone();
-        let restored_leaves = rows::restore_fleet(&mut tx, apply_run, &self.run_id, now).await?;
-        let carried = rows::write_fleet(&mut tx, &self.run_id, now).await?;
+        let (mut restored_leaves, mut carried_leaves) = (0, 0);
+        if let Some(column) = self.migration.scope().fleet {
+            restored_leaves = rows::restore_fleet(&mut tx, column, apply_run, &self.run_id, now).await?;
+            carried_leaves = rows::write_fleet(&mut tx, column, &self.run_id, now).await?;
+        }
         let mut restored_root = None;
         for cell in self.migration.scope().cells {
             let Some(image) = rows::image(&mut tx, apply_run, cell).await?.filter(|image| image.changes)
@@ -717,7 +748,8 @@ impl Run<'_> {
                 }
             }
         }
-        if let Some(restored) = &restored_root {
+        // A root that was issued again for the same name and key is the same anchor (design §4).
+        if let Some(restored) = restored_root.as_ref().filter(|root| root.spki_der() != before.spki_der()) {
             // The replaced root stays trusted, without its key: who pinned it or holds a leaf under it goes on.
             pki_rows::add_retiring_anchor(&mut tx, &before, None, &self.run_id, now).await?;
             tx.execute(
@@ -739,7 +771,7 @@ impl Run<'_> {
             EventType::UpdateRolledBack,
             json!({
                 "restored_leaves": leaves,
-                "carried_back_leaves": carried,
+                "carried_back_leaves": carried_leaves,
                 "org_ca_before": before.fingerprint(),
                 "org_ca_after": restored_root.map(|root| root.fingerprint()),
             }),
@@ -755,6 +787,19 @@ impl Run<'_> {
         }
         Event { event_type, actor: self.actor.clone(), details }
     }
+}
+
+/// The column of the fleet that a run changes, and how.
+#[derive(Clone)]
+struct Fleet {
+    column: FleetColumn,
+    change: Arc<dyn FleetChange>,
+}
+
+/// The column of the fleet that a rollback carries back, and how.
+struct Carried {
+    column: FleetColumn,
+    carry_back: Arc<dyn CarryBack>,
 }
 
 enum Commit {
@@ -788,7 +833,7 @@ async fn refill_facts(
         let mut facts = Vec::new();
         for cell in &page {
             // An operator's SQL may have put anything there: it stays unknown.
-            if let Ok(leaf) = Certificate::from_pem(&cell.cert_pem) {
+            if let Ok(leaf) = Certificate::from_pem(&cell.text) {
                 facts.push(CertificateFacts::of(&leaf, &candidates).row(&cell.agent_id));
             }
         }
@@ -796,43 +841,72 @@ async fn refill_facts(
     }
 }
 
-fn fleet_row(cell: &FleetCell) -> Result<FleetRow, UpdateError> {
+/// Fills what older facts do not say. At boot, before the checks ask; once a database does it find anything.
+pub(super) async fn complete_facts(pki: &crate::pki::Pki) -> Result<(), UpdateError> {
+    let mut after = String::new();
+    loop {
+        let page = rows::without_profile_gaps(&mut pki.store.read().await?, &after, BATCH_LEAVES).await?;
+        let Some(last) = page.last() else { return Ok(()) };
+        after.clone_from(&last.agent_id);
+        let mut facts = Vec::with_capacity(page.len());
+        for cell in &page {
+            // An operator's SQL may have put anything there: it stays unknown.
+            let Ok(leaf) = Certificate::from_pem(&cell.text) else { continue };
+            let mut known = CertificateFacts::issued_by(&leaf, None);
+            known.issuer_key_id.clone_from(&cell.issuer_key_id);
+            facts.push(known.row(&cell.agent_id));
+        }
+        let mut tx = pki.store.write().await?;
+        pki_rows::set_certificate_facts(&mut tx, &facts).await?;
+        tx.commit_unaudited().await?;
+    }
+}
+
+fn fleet_row(cell: &FleetCell, column: FleetColumn) -> Result<FleetRow, UpdateError> {
     Ok(FleetRow {
         agent_id: cell.agent_id.clone(),
-        leaf: Certificate::from_pem(&cell.cert_pem)?,
+        leaf: match column {
+            FleetColumn::CertPem => Some(Certificate::from_pem(&cell.text)?),
+            FleetColumn::EnrollmentMethod => None,
+        },
+        text: cell.text.clone(),
         issuer_key_id: cell.issuer_key_id.clone(),
     })
 }
 
-fn staged_leaf(row: &FleetRow, after: FleetAfter, issuer: Option<&Certificate>) -> StagedLeaf {
-    let mut old = CertificateFacts::issued_by(&row.leaf, None);
-    old.issuer_key_id.clone_from(&row.issuer_key_id);
-    let mut facts = CertificateFacts::issued_by(&after.leaf, issuer);
-    if issuer.is_none() {
-        facts.issuer_key_id = after.leaf.authority_key_id().map(hex).unwrap_or_default();
-    }
-    StagedLeaf { agent_id: row.agent_id.clone(), cert_pem: after.cert_pem, facts, old }
+fn staged_cell(row: &FleetRow, after: FleetAfter, issuer: Option<&Certificate>) -> StagedCell {
+    let facts = row.leaf.as_ref().zip(after.leaf.as_ref()).map(|(before, leaf)| {
+        let mut old = CertificateFacts::issued_by(before, None);
+        old.issuer_key_id.clone_from(&row.issuer_key_id);
+        let mut new = CertificateFacts::issued_by(leaf, issuer);
+        if issuer.is_none() {
+            new.issuer_key_id = leaf.authority_key_id().map(hex).unwrap_or_default();
+        }
+        StagedFacts { new, old }
+    });
+    StagedCell { agent_id: row.agent_id.clone(), text: after.text, facts }
 }
 
 /// Changes and verifies leaves on all cores, off the executor's threads.
 async fn change_leaves(
     page: Vec<FleetCell>,
-    fleet: Arc<dyn FleetChange>,
-    result: Expected,
+    fleet: Fleet,
+    result: Option<Expected>,
     entropy: Arc<Entropy>,
     now: UnixTime,
-) -> Result<Vec<StagedLeaf>, UpdateError> {
+) -> Result<Vec<StagedCell>, UpdateError> {
     tokio::task::spawn_blocking(move || {
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let size = page.len().div_ceil(cores).max(1);
-        let one = |cells: &[FleetCell]| -> Result<Vec<StagedLeaf>, UpdateError> {
+        let result = result.as_ref();
+        let one = |cells: &[FleetCell]| -> Result<Vec<StagedCell>, UpdateError> {
             let permit = ExemptPermit::for_run();
             let mut staged = Vec::with_capacity(cells.len());
             for cell in cells {
-                let row = fleet_row(cell)?;
-                let Some(after) = fleet.change(&row, &permit, &entropy)? else { continue };
-                verify::leaf(&row, &after, &result, now)?;
-                staged.push(staged_leaf(&row, after, Some(&result.mastio_ca)));
+                let row = fleet_row(cell, fleet.column)?;
+                let Some(after) = fleet.change.change(&row, &permit, &entropy)? else { continue };
+                verify::row(&row, &after, result, now)?;
+                staged.push(staged_cell(&row, after, result.map(|result| &result.mastio_ca)));
             }
             Ok(staged)
         };
@@ -867,31 +941,29 @@ pub(super) async fn plan(updates: &Updates, migration: &'static dyn Migration) -
     })
     .await
     .map_err(|_| UpdateError::Stopped)??;
-    verify::authority(&change_set.result, now)?;
+    if let Some(result) = &change_set.result {
+        verify::authority(result, now)?;
+    }
     let mut leaves = 0;
     let mut samples = Vec::new();
-    if let Some(fleet) = change_set.fleet {
-        let fleet: Arc<dyn FleetChange> = Arc::from(fleet);
+    if let (Some(column), Some(change)) = (migration.scope().fleet, change_set.fleet) {
+        let fleet = Fleet { column, change: Arc::from(change) };
         let mut after = String::new();
         loop {
-            let page = rows::fleet_page(&mut pki.store.read().await?, &after, BATCH_LEAVES).await?;
+            let page = rows::fleet_page(&mut pki.store.read().await?, column, &after, BATCH_LEAVES).await?;
             let Some(last) = page.last() else { break };
             after.clone_from(&last.agent_id);
             let before: Vec<_> = page.iter().take(3).cloned().collect();
-            let staged = change_leaves(
-                page,
-                Arc::clone(&fleet),
-                change_set.result.clone(),
-                Arc::clone(&pki.entropy),
-                now,
-            )
-            .await?;
+            let staged =
+                change_leaves(page, fleet.clone(), change_set.result.clone(), Arc::clone(&pki.entropy), now)
+                    .await?;
             leaves += i64::try_from(staged.len()).unwrap_or(i64::MAX);
             for cell in before.iter().take(3_usize.saturating_sub(samples.len())) {
-                if let Some(after) = staged.iter().find(|leaf| leaf.agent_id == cell.agent_id) {
+                let after = staged.iter().find(|staged| staged.agent_id == cell.agent_id);
+                if let Some(after) = after.filter(|after| after.facts.is_some()) {
                     samples.push([
-                        CertificateSummary::of(&Certificate::from_pem(&cell.cert_pem)?),
-                        CertificateSummary::of(&Certificate::from_pem(&after.cert_pem)?),
+                        CertificateSummary::of(&Certificate::from_pem(&cell.text)?),
+                        CertificateSummary::of(&Certificate::from_pem(&after.text)?),
                     ]);
                 }
             }
@@ -907,7 +979,9 @@ pub(super) async fn plan(updates: &Updates, migration: &'static dyn Migration) -
         not_covered: super::not_covered_json(&not_covered),
         org_ca: [
             CertificateSummary::of(&view.authority.org_ca),
-            CertificateSummary::of(&change_set.result.org_ca),
+            CertificateSummary::of(
+                change_set.result.as_ref().map_or(&view.authority.org_ca, |result| &result.org_ca),
+            ),
         ],
         samples,
     })

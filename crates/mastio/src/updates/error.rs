@@ -81,6 +81,9 @@ pub enum UpdateError {
     /// A key that the repair needs is not here.
     #[error("the {0} key is not here")]
     KeyMissing(&'static str),
+    /// A row that has to hold a leaf does not.
+    #[error("{0} has no certificate here: nothing was changed")]
+    NotALeaf(String),
     /// The run's task panicked or was stopped.
     #[error("the run stopped unexpectedly: nothing was changed; look at the log")]
     Stopped,
@@ -115,6 +118,7 @@ impl Problem for UpdateError {
             | Self::Verification { .. }
             | Self::StoredState(_)
             | Self::KeyMissing(_)
+            | Self::NotALeaf(_)
             | Self::Stopped
             | Self::Certificate(_)
             | Self::Key(_)

@@ -119,7 +119,7 @@ pub enum Need {
     Refused(Refusal),
 }
 
-/// A cell of a table that a migration may change, other than the fleet's leaves.
+/// A cell of a table that a migration may change, other than the fleet's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cell {
     /// The table: `proxy_config` alone for now.
@@ -160,13 +160,41 @@ pub enum After {
     Key(Box<NewKey>),
 }
 
+/// A column of `internal_agents` that a migration may change, with the rows of it that are in scope.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FleetColumn {
+    /// `cert_pem`, of every agent whose certificate the Mastio issued.
+    CertPem,
+    /// `enrollment_method`, where it has a tag that the predecessor alone wrote.
+    EnrollmentMethod,
+}
+
+impl FleetColumn {
+    /// The column's name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::CertPem => "cert_pem",
+            Self::EnrollmentMethod => "enrollment_method",
+        }
+    }
+}
+
 /// Which rows a migration may change. The engine snapshots exactly these before it asks for changes.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope {
     /// Single cells.
     pub cells: &'static [Cell],
-    /// Whether the leaf (`internal_agents.cert_pem`) of every agent of the affected enrollment types is in it.
-    pub fleet: bool,
+    /// The column of the fleet that is in it, where one is.
+    pub fleet: Option<FleetColumn>,
+}
+
+impl Scope {
+    /// Whether certificates are in it, so that the stored chain has to be judged after the commit.
+    #[must_use]
+    pub fn has_certificates(&self) -> bool {
+        !self.cells.is_empty() || self.fleet == Some(FleetColumn::CertPem)
+    }
 }
 
 /// What a migration needs in order to prepare, besides the state.
@@ -183,10 +211,21 @@ pub struct Tools<'a> {
 pub struct ChangeSet {
     /// New values of single cells.
     pub cells: Vec<(Cell, After)>,
-    /// How a leaf of the fleet changes. Absent: no leaf does.
+    /// How a row of the fleet changes. Absent: none does.
     pub fleet: Option<Box<dyn FleetChange>>,
-    /// What the result has to be, for the code that judges it.
-    pub result: Expected,
+    /// What the certificates have to be, for the code that judges them. Absent: none changes.
+    pub result: Option<Expected>,
+}
+
+/// What a leaf that changes has to be afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeafRule {
+    /// Signed anew, every extension but the AKI as it was.
+    Resigned,
+    /// Signed anew, with what the agent profile asks for and it lacked.
+    Completed,
+    /// The same certificate; what follows it in the row changes.
+    Kept,
 }
 
 /// The CA certificates that every live Mastio-issued leaf must chain to after the commit.
@@ -198,28 +237,41 @@ pub struct Expected {
     pub mastio_ca: Certificate,
     /// The Org CA that it replaces, which becomes a retiring anchor.
     pub replaced_org_ca: Option<Certificate>,
+    /// CA certificates that are issued again for the same name and key: as they stand, and as they become.
+    pub reissued: Vec<[Certificate; 2]>,
+    /// What becomes of leaves.
+    pub leaves: LeafRule,
 }
 
-/// A leaf of the fleet as it stands.
+/// A row of the fleet as it stands.
 #[derive(Debug, Clone)]
 pub struct FleetRow {
     /// The agent.
     pub agent_id: String,
-    /// Its leaf, parsed from the first block of `cert_pem`.
-    pub leaf: Certificate,
-    /// Key id of its issuer as the facts know it, lowercase hex; empty when unknown.
+    /// The column's text.
+    pub text: String,
+    /// The leaf, parsed from the first block, where the column is `cert_pem`.
+    pub leaf: Option<Certificate>,
+    /// Key id of the leaf's issuer as the facts know it, lowercase hex; empty when unknown.
     pub issuer_key_id: String,
 }
 
-/// What a leaf becomes.
-pub struct FleetAfter {
-    /// The new leaf.
-    pub leaf: Certificate,
-    /// The new `cert_pem`: the leaf and what follows it.
-    pub cert_pem: String,
+impl FleetRow {
+    /// The leaf. Errors: [`UpdateError::NotALeaf`] where the column has none.
+    pub fn leaf(&self) -> Result<&Certificate, UpdateError> {
+        self.leaf.as_ref().ok_or_else(|| UpdateError::NotALeaf(self.agent_id.clone()))
+    }
 }
 
-/// Changes leaves, on all cores.
+/// What a row of the fleet becomes.
+pub struct FleetAfter {
+    /// The new text. For `cert_pem`: the leaf and what follows it.
+    pub text: String,
+    /// The leaf in it, where the column is `cert_pem`.
+    pub leaf: Option<Certificate>,
+}
+
+/// Changes rows of the fleet, on all cores.
 pub trait FleetChange: Send + Sync {
     /// What `row` becomes; `None` leaves it alone.
     fn change(
@@ -245,8 +297,8 @@ pub trait CarryBack: Send + Sync {
 pub struct RestoredAuthority {
     /// The restored Org CA.
     pub org_ca: Certificate,
-    /// Its key.
-    pub org_ca_key: std::sync::Arc<PrivateKey>,
+    /// Its key, where it is here.
+    pub org_ca_key: Option<std::sync::Arc<PrivateKey>>,
     /// The restored intermediate, where there was one.
     pub mastio_ca: Option<Certificate>,
     /// The intermediate's key, where there is one.
@@ -267,6 +319,9 @@ pub trait Migration: Send + Sync {
     /// What changes. Slow (keys are generated): never on the executor's threads.
     fn prepare(&self, view: &View, tools: &Tools<'_>) -> Result<ChangeSet, UpdateError>;
 
-    /// What a rollback does with leaves that arose or changed since the apply.
-    fn carry_back(&self, restored: RestoredAuthority) -> Box<dyn CarryBack>;
+    /// What a rollback does with leaves that arose or changed since the apply. Without it they keep what they have
+    /// become, which is right wherever it stays valid under what is restored.
+    fn carry_back(&self, _restored: RestoredAuthority) -> Option<Box<dyn CarryBack>> {
+        None
+    }
 }

@@ -37,7 +37,7 @@ use crate::pki::tls::Tls;
 pub use engine::{Outcome, Plan};
 pub use error::UpdateError;
 use halt::{EnrollmentType, HaltReason};
-use migration::Migration;
+use migration::{Migration, Need};
 
 /// How runs that the predecessor left name their actor.
 pub const PREDECESSOR: &str = "predecessor";
@@ -306,6 +306,25 @@ impl Updates {
         registry::find(migration_id).ok_or_else(|| UpdateError::Unknown(migration_id.to_owned()))
     }
 
+    /// The first update that this one requires and that is still to be applied. One whose check finds nothing to do is
+    /// met, whatever its row says: what it repairs is right.
+    async fn unmet(&self, migration: &'static dyn Migration) -> Result<Option<&'static str>, UpdateError> {
+        for required in migration.declaration().requires.iter().copied() {
+            let Some(required_migration) = registry::find(required) else { continue };
+            let view = engine::view(self, required).await?;
+            if view.row_status.as_deref() == Some("applied") {
+                continue;
+            }
+            let need = tokio::task::spawn_blocking(move || required_migration.check(&view))
+                .await
+                .map_err(|_| UpdateError::Stopped)?;
+            if matches!(need, Need::Needed { .. } | Need::Refused(_)) {
+                return Ok(Some(required));
+            }
+        }
+        Ok(None)
+    }
+
     /// Lets one run in, under the lock of the audit head (invariant I8).
     async fn admit(
         &self,
@@ -314,6 +333,7 @@ impl Updates {
         actor: &str,
     ) -> Result<String, UpdateError> {
         let migration_id = migration.declaration().migration_id;
+        let unmet = if direction == Direction::Apply { self.unmet(migration).await? } else { None };
         let mut tx = self.pki.store.write().await?;
         let rows = store::rows(&mut tx).await?;
         let row = rows.iter().find(|row| row.migration_id == migration_id);
@@ -330,11 +350,8 @@ impl Updates {
                 }
             }
             Direction::Apply => {
-                let missing = migration.declaration().requires.iter().find(|required| {
-                    !rows.iter().any(|row| row.migration_id == **required && row.status == "applied")
-                });
-                if let Some(required) = missing {
-                    return Err(UpdateError::OutOfOrder { first: (*required).to_owned() });
+                if let Some(required) = unmet {
+                    return Err(UpdateError::OutOfOrder { first: required.to_owned() });
                 }
                 let halt = halt::read(&mut tx).await?;
                 match halt.reasons.first() {
@@ -382,7 +399,7 @@ impl Updates {
     ) -> Result<Done, UpdateError> {
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
         tokio::spawn(async move {
-            let for_run = Arc::clone(&updates);
+            let (for_run, migration_id) = (Arc::clone(&updates), migration.declaration().migration_id);
             // The inner task catches a panic, so that the end of the run is written down whatever happens.
             let (id, by) = (run_id.clone(), actor.clone());
             let result = tokio::spawn(async move {
@@ -395,6 +412,10 @@ impl Updates {
             .await
             .unwrap_or(Err(UpdateError::Stopped));
             let end = updates.end(migration, &run_id, direction, &actor, result).await;
+            // What the run changed may have repaired, or brought back, what another row waits for.
+            if let (Ok(_), Err(error)) = (&end, updates.detect().await) {
+                tracing::warn!(migration_id, error = chain(&error), "update_detection_failed");
+            }
             updates.running.store(false, Ordering::SeqCst);
             updates.progress.send_replace(None);
             updates.time(None);

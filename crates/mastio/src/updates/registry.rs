@@ -6,6 +6,10 @@ use super::migrations;
 /// Every migration, oldest first. To add one: a file in `migrations/`, and its line at the marked place.
 pub const REGISTRY: &[&dyn Migration] = &[
     &migrations::m2026_04_23_org_ca_pathlen_1::OrgCaPathLen,
+    &migrations::m2026_06_09_mastio_ca_reissue::MastioCaReissue,
+    &migrations::m2026_07_14_ca_key_identifiers::CaKeyIdentifiers,
+    &migrations::m2026_08_18_leaf_profile::LeafProfile,
+    &migrations::m2026_09_22_enrollment_tags::EnrollmentTags,
     // The next migration goes here.
 ];
 

@@ -10,7 +10,7 @@ use mastio_core::time::UnixTime;
 use serde_json::json;
 
 use super::error::UpdateError;
-use super::migration::{Cell, Declaration};
+use super::migration::{Cell, Declaration, FleetColumn};
 use crate::pki::store::{CertificateFacts, hex};
 use crate::store::{Query, StoreError, Value, WriteTx};
 use crate::values;
@@ -383,19 +383,19 @@ pub fn cell_image(run_id: &str, cell: &Cell, before: Option<String>, before_dige
     .to_vec()
 }
 
-/// The image of one agent's `cert_pem` as its row for [`insert_images`].
+/// The image of one agent's cell as its row for [`insert_images`].
 #[must_use]
-pub fn fleet_image(run_id: &str, agent_id: &str, cert_pem: &str, restore: Option<&str>) -> Vec<Value> {
+pub fn fleet_image(run_id: &str, column: FleetColumn, cell: &FleetCell) -> Vec<Value> {
     values![
         run_id,
         "internal_agents",
-        agent_id,
-        "cert_pem",
+        &cell.agent_id,
+        column.as_str(),
         0i64,
-        cert_pem,
-        digest(Some(cert_pem)),
-        restore,
-        i64::from(restore.is_some())
+        &cell.text,
+        digest(Some(&cell.text)),
+        None::<String>,
+        0i64
     ]
     .to_vec()
 }
@@ -452,13 +452,41 @@ pub async fn set_cell_after(
     .map(drop)
 }
 
-/// A leaf of the fleet with its facts.
+/// One statement for each column of the fleet, the same but for `COLUMN` and `IN_SCOPE`, a condition on the row `a`.
+macro_rules! fleet_sql {
+    ($column:expr, $($part:tt)+) => {
+        match $column {
+            FleetColumn::CertPem => concat!($(fleet_part!(CertPem $part)),+),
+            FleetColumn::EnrollmentMethod => concat!($(fleet_part!(EnrollmentMethod $part)),+),
+        }
+    };
+}
+
+macro_rules! fleet_part {
+    (CertPem COLUMN) => {
+        "cert_pem"
+    };
+    (CertPem IN_SCOPE) => {
+        "a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')"
+    };
+    (EnrollmentMethod COLUMN) => {
+        "enrollment_method"
+    };
+    (EnrollmentMethod IN_SCOPE) => {
+        "a.enrollment_method IN ('admin', 'spiffe')"
+    };
+    ($column:ident $text:literal) => {
+        $text
+    };
+}
+
+/// A cell of the fleet, with what is known of the agent's leaf.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FleetCell {
     /// The agent.
     pub agent_id: String,
-    /// Leaf and what follows it.
-    pub cert_pem: String,
+    /// The cell's text; for `cert_pem` the leaf and what follows it.
+    pub text: String,
     /// Key id of the leaf's issuer as far as known.
     pub issuer_key_id: String,
 }
@@ -468,30 +496,31 @@ fn fleet(rows: &[crate::store::Row]) -> Result<Vec<FleetCell>, StoreError> {
         .map(|row| {
             Ok(FleetCell {
                 agent_id: row.text(0)?,
-                cert_pem: row.text(1)?,
+                text: row.text(1)?,
                 issuer_key_id: row.optional_text(2)?.unwrap_or_default(),
             })
         })
         .collect()
 }
 
-/// A page of Mastio-issued leaves after `agent_id`, as they stand.
-pub async fn fleet_page(tx: &mut impl Query, after: &str, limit: i64) -> Result<Vec<FleetCell>, StoreError> {
-    fleet(
-        &tx.rows(
-            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
-             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
-             WHERE a.agent_id > $1 AND a.cert_pem IS NOT NULL \
-             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') ORDER BY a.agent_id LIMIT $2",
-            values![after, limit],
-        )
-        .await?,
-    )
+/// A page of the cells in scope after `agent_id`, as they stand.
+pub async fn fleet_page(
+    tx: &mut impl Query,
+    column: FleetColumn,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<FleetCell>, StoreError> {
+    let sql = fleet_sql!(column,
+        "SELECT a.agent_id, a." COLUMN ", c.issuer_key_id FROM internal_agents a \
+         LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id WHERE a.agent_id > $1 AND " IN_SCOPE
+        " ORDER BY a.agent_id LIMIT $2");
+    fleet(&tx.rows(sql, values![after, limit]).await?)
 }
 
 /// A page of the fleet's images after `agent_id`.
 pub async fn image_page(
     tx: &mut impl Query,
+    column: FleetColumn,
     run_id: &str,
     after: &str,
     limit: i64,
@@ -500,32 +529,43 @@ pub async fn image_page(
         &tx.rows(
             "SELECT i.row_key, i.before, c.issuer_key_id FROM update_images i \
              LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
-             WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.row_key > $2 \
+             WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = $4 AND i.row_key > $2 \
              ORDER BY i.row_key LIMIT $3",
-            values![run_id, after, limit],
+            values![run_id, after, limit, column.as_str()],
         )
         .await?,
     )
 }
 
-/// What a leaf becomes, ready to be staged.
-pub struct StagedLeaf {
+/// What a cell of the fleet becomes, ready to be staged.
+pub struct StagedCell {
     /// The agent.
     pub agent_id: String,
-    /// Leaf and what follows it.
-    pub cert_pem: String,
-    /// Facts of the new leaf.
-    pub facts: CertificateFacts,
-    /// Facts of the leaf that it replaces.
+    /// The new text.
+    pub text: String,
+    /// Facts of the leaf in it and of the one before, where the column is `cert_pem`.
+    pub facts: Option<StagedFacts>,
+}
+
+/// Facts of a leaf and of the one that it replaces.
+pub struct StagedFacts {
+    /// The new one.
+    pub new: CertificateFacts,
+    /// The old one.
     pub old: CertificateFacts,
 }
 
-/// Stages what leaves become.
-pub async fn stage(tx: &mut WriteTx, run_id: &str, leaves: &[StagedLeaf]) -> Result<(), StoreError> {
+/// Stages what cells of the fleet become.
+pub async fn stage(
+    tx: &mut WriteTx,
+    column: FleetColumn,
+    run_id: &str,
+    leaves: &[StagedCell],
+) -> Result<(), StoreError> {
     let images: Vec<Vec<Value>> = leaves
         .iter()
         .map(|leaf| {
-            values![run_id, "internal_agents", &leaf.agent_id, "cert_pem", "", &leaf.cert_pem, 1i64].to_vec()
+            values![run_id, "internal_agents", &leaf.agent_id, column.as_str(), "", &leaf.text, 1i64].to_vec()
         })
         .collect();
     // The rows are there since the snapshot; the conflict is the rule.
@@ -537,23 +577,25 @@ pub async fn stage(tx: &mut WriteTx, run_id: &str, leaves: &[StagedLeaf]) -> Res
     .await?;
     let facts: Vec<Vec<Value>> = leaves
         .iter()
-        .map(|leaf| {
+        .filter_map(|leaf| {
+            let StagedFacts { new, old } = leaf.facts.as_ref()?;
             let mut row = vec![Value::from(run_id)];
-            row.extend(leaf.facts.row(&leaf.agent_id));
+            row.extend(new.row(&leaf.agent_id));
             row.extend(
-                values![&leaf.old.fingerprint, &leaf.old.serial, &leaf.old.issuer_key_id].iter().cloned(),
+                values![&old.fingerprint, &old.serial, &old.issuer_key_id, &old.profile_gaps].iter().cloned(),
             );
-            row
+            Some(row)
         })
         .collect();
     tx.insert_many(
         "update_run_certificates (run_id, agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
-         old_fingerprint, old_serial, old_issuer_key_id)",
+         profile_gaps, old_fingerprint, old_serial, old_issuer_key_id, old_profile_gaps)",
         &facts,
         "ON CONFLICT (run_id, agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, serial = excluded.serial, \
          spki_sha256 = excluded.spki_sha256, issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after, \
          old_fingerprint = excluded.old_fingerprint, old_serial = excluded.old_serial, \
-         old_issuer_key_id = excluded.old_issuer_key_id",
+         old_issuer_key_id = excluded.old_issuer_key_id, profile_gaps = excluded.profile_gaps, \
+         old_profile_gaps = excluded.old_profile_gaps",
     )
     .await
     .map(drop)
@@ -570,24 +612,23 @@ pub async fn duplicate_serial(tx: &mut impl Query, run_id: &str) -> Result<Optio
     row.map(|row| row.text(0)).transpose()
 }
 
-/// The agents whose leaves entered the scope, left it, or changed since the run saw them.
-pub async fn moved(tx: &mut impl Query, run_id: &str, limit: i64) -> Result<Vec<String>, StoreError> {
-    tx.rows(
+/// The agents whose cells entered the scope, left it, or changed since the run saw them.
+pub async fn moved(
+    tx: &mut impl Query,
+    column: FleetColumn,
+    run_id: &str,
+    limit: i64,
+) -> Result<Vec<String>, StoreError> {
+    let sql = fleet_sql!(column,
         "SELECT agent_id FROM (\
          SELECT a.agent_id FROM internal_agents a LEFT JOIN update_images i ON i.run_id = $1 \
-         AND i.table_name = 'internal_agents' AND i.row_key = a.agent_id AND i.column_name = 'cert_pem' \
-         WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
-         AND (i.row_key IS NULL OR i.before IS DISTINCT FROM a.cert_pem) \
+         AND i.table_name = 'internal_agents' AND i.row_key = a.agent_id AND i.column_name = '" COLUMN "' \
+         WHERE " IN_SCOPE " AND (i.row_key IS NULL OR i.before IS DISTINCT FROM a." COLUMN ") \
          UNION ALL \
-         SELECT i.row_key FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
-         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND (a.agent_id IS NULL OR a.cert_pem IS NULL \
-         OR COALESCE(a.enrollment_method, '') IN ('byoca', 'spire', 'spiffe'))) moved ORDER BY agent_id LIMIT $2",
-        values![run_id, limit],
-    )
-    .await?
-    .iter()
-    .map(|row| row.text(0))
-    .collect()
+         SELECT i.row_key FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key AND " IN_SCOPE
+        " WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND a.agent_id IS NULL) moved \
+         ORDER BY agent_id LIMIT $2");
+    tx.rows(sql, values![run_id, limit]).await?.iter().map(|row| row.text(0)).collect()
 }
 
 /// Forgets the images of agents, so that they are seen anew.
@@ -607,45 +648,57 @@ pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String])
     Ok(())
 }
 
-/// One agent's leaf as it stands, where it is in scope.
-pub async fn fleet_cell(tx: &mut impl Query, agent_id: &str) -> Result<Option<FleetCell>, StoreError> {
-    let rows = tx
-        .rows(
-            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
-             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id WHERE a.agent_id = $1 AND a.cert_pem IS NOT NULL \
-             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')",
-            values![agent_id],
-        )
-        .await?;
+/// One agent's cell as it stands, where it is in scope.
+pub async fn fleet_cell(
+    tx: &mut impl Query,
+    column: FleetColumn,
+    agent_id: &str,
+) -> Result<Option<FleetCell>, StoreError> {
+    let sql = fleet_sql!(column,
+        "SELECT a.agent_id, a." COLUMN ", c.issuer_key_id FROM internal_agents a \
+         LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id WHERE a.agent_id = $1 AND " IN_SCOPE);
+    let rows = tx.rows(sql, values![agent_id]).await?;
     Ok(fleet(&rows)?.into_iter().next())
 }
 
-/// The commit of an apply, fleet part: leaves, their facts, and what they replace, one statement each.
-pub async fn write_fleet(tx: &mut WriteTx, run_id: &str, now: UnixTime) -> Result<u64, StoreError> {
+/// The commit of an apply, fleet part: cells, facts of leaves, and what they replace, one statement each.
+pub async fn write_fleet(
+    tx: &mut WriteTx,
+    column: FleetColumn,
+    run_id: &str,
+    now: UnixTime,
+) -> Result<u64, StoreError> {
     tx.execute(
         "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
          SELECT old_fingerprint, agent_id, spki_sha256, $2, $1 FROM update_run_certificates WHERE run_id = $1 \
-         ON CONFLICT (fingerprint) DO NOTHING",
+         AND old_fingerprint <> fingerprint ON CONFLICT (fingerprint) DO NOTHING",
         values![run_id, now.to_rfc3339()],
     )
     .await?;
     let written = tx
         .execute(
-            "UPDATE internal_agents SET cert_pem = i.after FROM update_images i WHERE i.run_id = $1 \
-             AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.changes = 1 \
-             AND i.row_key = internal_agents.agent_id",
+            fleet_sql!(column,
+                "UPDATE internal_agents SET " COLUMN " = i.after FROM update_images i WHERE i.run_id = $1 \
+                 AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' AND i.changes = 1 \
+                 AND i.row_key = internal_agents.agent_id"),
             values![run_id],
         )
         .await?;
     tx.execute(
-        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after) \
-         SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after FROM update_run_certificates \
+        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+         profile_gaps) SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, profile_gaps \
+         FROM update_run_certificates \
          WHERE run_id = $1 ON CONFLICT (agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, \
          spki_sha256 = excluded.spki_sha256, serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, \
-         not_after = excluded.not_after",
+         not_after = excluded.not_after, profile_gaps = excluded.profile_gaps",
         values![run_id],
     )
     .await?;
+    Ok(written)
+}
+
+/// Brings a run's images to what its commit overwrote, the single cells' too.
+pub async fn settle_images(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreError> {
     // What a torn run of the predecessor had written already is restored from its snapshot, rewritten here or not.
     tx.execute(
         "UPDATE update_images SET changes = 1, after = CASE WHEN sealed = 1 THEN NULL ELSE before END \
@@ -654,22 +707,22 @@ pub async fn write_fleet(tx: &mut WriteTx, run_id: &str, now: UnixTime) -> Resul
     )
     .await?;
     // The snapshot keeps exactly what was overwritten.
-    tx.execute("DELETE FROM update_images WHERE run_id = $1 AND changes = 0", values![run_id]).await?;
-    Ok(written)
+    tx.execute("DELETE FROM update_images WHERE run_id = $1 AND changes = 0", values![run_id]).await.map(drop)
 }
 
-/// How many leaves that a run wrote do not read as it wrote them.
-pub async fn leaves_not_as_written(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
-    let row = tx
-        .row(
-            "SELECT COUNT(*) FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
-             LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
-             WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.changes = 1 \
-             AND (a.cert_pem IS DISTINCT FROM i.after OR c.agent_id IS NULL)",
-            values![run_id],
-        )
-        .await?;
-    row.ok_or(StoreError::HeadMissing)?.integer(0)
+/// How many cells of the fleet that a run wrote do not read as it wrote them.
+pub async fn fleet_not_as_written(
+    tx: &mut impl Query,
+    column: FleetColumn,
+    run_id: &str,
+) -> Result<i64, StoreError> {
+    // A leaf without facts is one that somebody has put there since.
+    let sql = fleet_sql!(column,
+        "SELECT COUNT(*) FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
+         LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
+         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.changes = 1 \
+         AND (a." COLUMN " IS DISTINCT FROM i.after OR (i.column_name = 'cert_pem' AND c.agent_id IS NULL))");
+    tx.row(sql, values![run_id]).await?.ok_or(StoreError::HeadMissing)?.integer(0)
 }
 
 /// Checks the digests of a snapshot's public images page by page: the row that does not fit, if one does not.
@@ -695,53 +748,46 @@ pub async fn damaged_image(tx: &mut impl Query, run_id: &str) -> Result<Option<S
     }
 }
 
-/// A page of Mastio-issued leaves that a rollback of `run_id` does not simply set back: they arose or changed since.
+/// A page of cells in scope that a rollback of `run_id` does not simply set back: they arose or changed since.
 pub async fn changed_since_page(
     tx: &mut impl Query,
+    column: FleetColumn,
     run_id: &str,
     after: &str,
     limit: i64,
 ) -> Result<Vec<FleetCell>, StoreError> {
-    fleet(
-        &tx.rows(
-            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM internal_agents a \
-             LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
-             LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
-             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
-             WHERE a.agent_id > $2 AND a.cert_pem IS NOT NULL \
-             AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
-             AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a.cert_pem) ORDER BY a.agent_id LIMIT $3",
-            values![run_id, after, limit],
-        )
-        .await?,
-    )
+    let sql = fleet_sql!(column,
+        "SELECT a.agent_id, a." COLUMN ", c.issuer_key_id FROM internal_agents a \
+         LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
+         LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+         AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id AND i.changes = 1 \
+         WHERE a.agent_id > $2 AND " IN_SCOPE " AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a." COLUMN ") \
+         ORDER BY a.agent_id LIMIT $3");
+    fleet(&tx.rows(sql, values![run_id, after, limit]).await?)
 }
 
-/// The agents whose carried-back leaf is missing or out of date in the rollback run's images.
+/// The agents whose carried-back cell is missing or out of date in the rollback run's images.
 pub async fn carry_back_moved(
     tx: &mut impl Query,
+    column: FleetColumn,
     apply_run: &str,
     rollback_run: &str,
     limit: i64,
 ) -> Result<Vec<String>, StoreError> {
-    tx.rows(
+    let sql = fleet_sql!(column,
         "SELECT a.agent_id FROM internal_agents a LEFT JOIN update_images i ON i.run_id = $1 \
-         AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
+         AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
+         AND i.changes = 1 \
          LEFT JOIN update_images b ON b.run_id = $2 AND b.table_name = 'internal_agents' AND b.row_key = a.agent_id \
-         WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
-         AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a.cert_pem) \
-         AND b.before IS DISTINCT FROM a.cert_pem ORDER BY a.agent_id LIMIT $3",
-        values![apply_run, rollback_run, limit],
-    )
-    .await?
-    .iter()
-    .map(|row| row.text(0))
-    .collect()
+         WHERE " IN_SCOPE " AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a." COLUMN ") \
+         AND b.before IS DISTINCT FROM a." COLUMN " ORDER BY a.agent_id LIMIT $3");
+    tx.rows(sql, values![apply_run, rollback_run, limit]).await?.iter().map(|row| row.text(0)).collect()
 }
 
 /// The commit of a rollback, fleet part: what still reads as the apply wrote it is set back, byte for byte.
 pub async fn restore_fleet(
     tx: &mut WriteTx,
+    column: FleetColumn,
     apply_run: &str,
     rollback_run: &str,
     now: UnixTime,
@@ -751,7 +797,10 @@ pub async fn restore_fleet(
         "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
          SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3 FROM agent_certificates c JOIN update_images i \
          ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
+         AND i.column_name = 'cert_pem' \
          WHERE i.after IS DISTINCT FROM CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
+         AND NOT EXISTS (SELECT 1 FROM update_run_certificates r WHERE r.run_id = $1 AND r.agent_id = c.agent_id \
+         AND r.old_fingerprint = c.fingerprint) \
          ON CONFLICT (fingerprint) DO NOTHING",
         values![apply_run, now.to_rfc3339(), rollback_run],
     )
@@ -765,20 +814,22 @@ pub async fn restore_fleet(
     .await?;
     let restored = tx
         .execute(
-            "UPDATE internal_agents SET cert_pem = CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
-             FROM update_images i WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = 'cert_pem' \
-             AND i.changes = 1 AND i.row_key = internal_agents.agent_id AND internal_agents.cert_pem = i.after",
+            fleet_sql!(column,
+                "UPDATE internal_agents SET " COLUMN " = CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
+                 FROM update_images i WHERE i.run_id = $1 AND i.table_name = 'internal_agents' \
+                 AND i.column_name = '" COLUMN "' AND i.changes = 1 AND i.row_key = internal_agents.agent_id \
+                 AND internal_agents." COLUMN " = i.after"),
             values![apply_run],
         )
         .await?;
     tx.execute(
-        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after) \
-         SELECT agent_id, old_fingerprint, spki_sha256, old_serial, old_issuer_key_id, not_after \
-         FROM update_run_certificates r WHERE r.run_id = $1 AND NOT EXISTS (SELECT 1 FROM update_images i \
+        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+         profile_gaps) SELECT agent_id, old_fingerprint, spki_sha256, old_serial, old_issuer_key_id, not_after, \
+         old_profile_gaps FROM update_run_certificates r WHERE r.run_id = $1 AND NOT EXISTS (SELECT 1 FROM update_images i \
          WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = r.agent_id AND i.restores = 1) \
          ON CONFLICT (agent_id) DO UPDATE SET \
          fingerprint = excluded.fingerprint, spki_sha256 = excluded.spki_sha256, serial = excluded.serial, \
-         issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after",
+         issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after, profile_gaps = excluded.profile_gaps",
         values![apply_run],
     )
     .await?;
@@ -802,14 +853,35 @@ pub async fn without_facts(
     )
 }
 
+/// A page of agents whose certificate has facts that do not say what it lacks, because they are older than that column.
+pub async fn without_profile_gaps(
+    tx: &mut impl Query,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<FleetCell>, StoreError> {
+    fleet(
+        &tx.rows(
+            "SELECT a.agent_id, a.cert_pem, c.issuer_key_id FROM agent_certificates c \
+             JOIN internal_agents a ON a.agent_id = c.agent_id WHERE c.profile_gaps IS NULL AND c.agent_id > $1 \
+             AND a.cert_pem IS NOT NULL ORDER BY c.agent_id LIMIT $2",
+            values![after, limit],
+        )
+        .await?,
+    )
+}
+
 /// An applied migration that stands on this one: it requires it, or has later written a cell that this one wrote.
+///
+/// One that was closed because nothing was to be done has no snapshot, stands on nothing and blocks nothing.
 pub async fn blocker(
     tx: &mut impl Query,
     migration_id: &str,
     run_id: &str,
 ) -> Result<Option<String>, UpdateError> {
     for row in rows(tx).await?.into_iter().filter(|row| row.status == "applied") {
-        if super::halt::list(row.requires.as_deref()).iter().any(|required| required == migration_id) {
+        if super::halt::list(row.requires.as_deref()).iter().any(|required| required == migration_id)
+            && snapshot(tx, &row.migration_id).await?.is_some()
+        {
             return Ok(Some(row.migration_id));
         }
     }

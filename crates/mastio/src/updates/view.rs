@@ -25,6 +25,12 @@ pub struct View {
     pub row_status: Option<String>,
     /// What a predecessor's torn run left, where its row is still open.
     pub torn: Option<Torn>,
+    /// Ids of all updates whose row is open: `pending` or `failed`.
+    pub open: Vec<String>,
+    /// Whether the fleet has an enrollment tag that the predecessor alone wrote.
+    pub has_old_tags: bool,
+    /// Whether a leaf that the Mastio issued lacks a part of the agent profile.
+    pub has_incomplete_leaves: bool,
 }
 
 /// A predecessor's apply that stopped half-way.
@@ -55,7 +61,35 @@ impl View {
         let snapshot_of_predecessor = super::store::predecessor_run(tx, migration_id).await?.is_some();
         let torn =
             if open && snapshot_of_predecessor { Some(Torn::read(tx, &authority).await?) } else { None };
-        Ok(Self { authority, now, row_status, torn })
+        let open = tx
+            .rows(
+                "SELECT migration_id FROM pending_updates WHERE status IN ('pending', 'failed') ORDER BY 1",
+                &[],
+            )
+            .await?
+            .iter()
+            .map(|row| row.text(0))
+            .collect::<Result<_, _>>()?;
+        let has_old_tags = tx
+            .row("SELECT 1 FROM internal_agents WHERE enrollment_method IN ('admin', 'spiffe') LIMIT 1", &[])
+            .await?
+            .is_some();
+        let has_incomplete_leaves = tx
+            .row(
+                "SELECT 1 FROM agent_certificates c JOIN internal_agents a ON a.agent_id = c.agent_id \
+                 WHERE c.profile_gaps > '' AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe') \
+                 LIMIT 1",
+                &[],
+            )
+            .await?
+            .is_some();
+        Ok(Self { authority, now, row_status, torn, open, has_old_tags, has_incomplete_leaves })
+    }
+
+    /// Whether the row of an update is open.
+    #[must_use]
+    pub fn is_open(&self, migration_id: &str) -> bool {
+        self.open.iter().any(|id| id == migration_id)
     }
 
     /// The Org CA's key. Errors: [`UpdateError::Refused`] where it is held elsewhere; checks say so before.

@@ -1,14 +1,17 @@
 //! Updates from the outside: the real binary on real databases, killed where it hurts and judged by others.
 //!
 //! [`fixtures`] walks every database that the predecessor left; [`chains`] has verifiers that share no code with us
-//! judge what an apply made; [`crashes`] kills the process at every phase; [`fence`] engages the halt under load;
-//! [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left in its database.
+//! judge what an apply made; [`crashes`] kills the process at every phase; [`contract`] is what every migration meets, [`repairs`] what each does; [`fence`] engages the halt under load;
+//! [`rows`] lists every row of every database; [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left in its database.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod chains;
+mod contract;
 mod crashes;
 mod fence;
 mod fixtures;
 mod refusals;
+mod repairs;
+mod rows;
 mod server;
 mod state;

@@ -80,7 +80,7 @@ fn an_unknown_update_is_not_found_and_an_unknown_status_is_invalid() {
     }
     assert_eq!(server.get("/proxy/updates/api?status=open").status, 400);
     assert_eq!(server.get("/proxy/updates/api?status=applied").json(), json!([]));
-    assert_eq!(server.get("/proxy/updates/api?status=pending").json().as_array().unwrap().len(), 1);
+    assert_eq!(server.get("/proxy/updates/api?status=pending").json().as_array().unwrap().len(), 2);
 }
 
 #[test]

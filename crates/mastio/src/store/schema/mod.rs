@@ -5,6 +5,7 @@
 //! on both databases; what only one of them can say (triggers) stands beside it.
 
 mod s0001_foundation;
+mod s0002_profile_gaps;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub struct Step {
 /// Every step, oldest first.
 pub const STEPS: &[Step] = &[
     s0001_foundation::STEP,
+    s0002_profile_gaps::STEP,
     // The next step goes here.
 ];
 

@@ -21,8 +21,9 @@ use crate::pki::store::{config_key, hex};
 use crate::updates::error::UpdateError;
 use crate::updates::halt::{EnrollmentType, ExemptPermit};
 use crate::updates::migration::{
-    After, CarryBack, Cell, ChangeSet, Criticality, Declaration, Expected, FleetAfter, FleetChange, FleetRow,
-    Migration, MigrationType, Need, Refusal, RestoredAuthority, Scope, Tools,
+    After, CarryBack, Cell, ChangeSet, Criticality, Declaration, Expected, FleetAfter, FleetChange,
+    FleetColumn, FleetRow, LeafRule, Migration, MigrationType, Need, Refusal, RestoredAuthority, Scope,
+    Tools,
 };
 use crate::updates::view::View;
 use std::sync::Arc;
@@ -58,7 +59,10 @@ impl Migration for OrgCaPathLen {
     }
 
     fn scope(&self) -> Scope {
-        Scope { cells: &[ORG_CA_CERT, ORG_CA_KEY, MASTIO_CA_CERT, MASTIO_CA_KEY], fleet: true }
+        Scope {
+            cells: &[ORG_CA_CERT, ORG_CA_KEY, MASTIO_CA_CERT, MASTIO_CA_KEY],
+            fleet: Some(FleetColumn::CertPem),
+        }
     }
 
     fn check(&self, view: &View) -> Need {
@@ -164,12 +168,18 @@ impl Migration for OrgCaPathLen {
                 mastio_ca_key,
                 only_foreign: false,
             })),
-            result: Expected { org_ca: root, mastio_ca, replaced_org_ca: Some(old_root.clone()) },
+            result: Some(Expected {
+                org_ca: root,
+                mastio_ca,
+                replaced_org_ca: Some(old_root.clone()),
+                reissued: vec![],
+                leaves: LeafRule::Resigned,
+            }),
         })
     }
 
-    fn carry_back(&self, restored: RestoredAuthority) -> Box<dyn CarryBack> {
-        Box::new(UnderRestored(restored))
+    fn carry_back(&self, restored: RestoredAuthority) -> Option<Box<dyn CarryBack>> {
+        Some(Box::new(UnderRestored(restored)))
     }
 }
 
@@ -204,7 +214,13 @@ impl OrgCaPathLen {
                 mastio_ca_key,
                 only_foreign: stays,
             })),
-            result: Expected { org_ca: root, mastio_ca, replaced_org_ca: None },
+            result: Some(Expected {
+                org_ca: root,
+                mastio_ca,
+                replaced_org_ca: None,
+                reissued: vec![],
+                leaves: LeafRule::Resigned,
+            }),
         })
     }
 }
@@ -229,10 +245,10 @@ impl FleetChange for UnderIntermediate {
             return Ok(None);
         }
         let algorithm = self.mastio_ca_key.signature_algorithm();
-        let tbs = resign::resign_leaf(&row.leaf, &self.mastio_ca, &entropy.serial(), algorithm)?;
+        let tbs = resign::resign_leaf(row.leaf()?, &self.mastio_ca, &entropy.serial(), algorithm)?;
         let leaf = self.mastio_ca_key.sign_certificate(permit, tbs)?;
-        let cert_pem = leaf.to_pem() + &self.mastio_ca.to_pem();
-        Ok(Some(FleetAfter { leaf, cert_pem }))
+        let text = leaf.to_pem() + &self.mastio_ca.to_pem();
+        Ok(Some(FleetAfter { text, leaf: Some(leaf) }))
     }
 }
 
@@ -250,11 +266,14 @@ impl CarryBack for UnderRestored {
         let (issuer, key, follows) = match (&restored.mastio_ca, &restored.mastio_ca_key) {
             (Some(mastio_ca), Some(key)) => (mastio_ca, key, mastio_ca.to_pem()),
             // There was no intermediate before: the Org CA signed leaves itself.
-            _ => (&restored.org_ca, &restored.org_ca_key, String::new()),
+            _ => {
+                let key = restored.org_ca_key.as_ref().ok_or(UpdateError::KeyMissing("Org CA"))?;
+                (&restored.org_ca, key, String::new())
+            }
         };
-        let tbs = resign::resign_leaf(&row.leaf, issuer, &entropy.serial(), key.signature_algorithm())?;
+        let tbs = resign::resign_leaf(row.leaf()?, issuer, &entropy.serial(), key.signature_algorithm())?;
         let leaf = key.sign_certificate(permit, tbs)?;
-        let cert_pem = leaf.to_pem() + &follows;
-        Ok(Some(FleetAfter { leaf, cert_pem }))
+        let text = leaf.to_pem() + &follows;
+        Ok(Some(FleetAfter { text, leaf: Some(leaf) }))
     }
 }

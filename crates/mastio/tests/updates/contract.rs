@@ -1,0 +1,252 @@
+//! The contract that every migration meets, on both databases: one line for each at the end.
+//!
+//! Its check changes nothing and says the same again; its plan says what its apply does; a second apply is refused; its
+//! rollback gives back every byte; a damaged snapshot is refused; and wherever the process dies, the next boot finds the
+//! state wholly old or wholly new, and the way on leads to the same end. `docs/migrations.md` tells how to add a line.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use crate::rows::{KEY_IDENTIFIERS, LEAF_PROFILE, REISSUE, TAGS, apply, listed, reshaped, roll_back};
+use crate::server::{Deploy, MIGRATION, Server};
+use crate::state::{PkiState, open_runs, text};
+
+const APPLY_POINTS: [(&str, bool); 7] = [
+    ("apply.detect", false),
+    ("apply.snapshot", false),
+    ("apply.prepare", false),
+    ("apply.verify", false),
+    ("apply.commit.before", false),
+    ("apply.commit", true),
+    ("apply.activate", true),
+];
+const ROLLBACK_POINTS: [(&str, bool); 5] = [
+    ("rollback.detect", false),
+    ("rollback.prepare", false),
+    ("rollback.commit.before", false),
+    ("rollback.commit", true),
+    ("rollback.activate", true),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum On {
+    Sqlite,
+    Postgres,
+}
+
+/// Rows by table.
+type State = BTreeMap<&'static str, Vec<Value>>;
+
+/// Every row that an update may touch or must not, as stored. Private keys are left out: a rollback seals them anew.
+fn state(deploy: &Deploy) -> State {
+    [
+        ("config", "SELECT * FROM proxy_config WHERE key NOT LIKE '%\\_key' ESCAPE '\\' ORDER BY key"),
+        ("agents", "SELECT * FROM internal_agents ORDER BY agent_id"),
+        ("token keys", "SELECT * FROM mastio_keys ORDER BY kid"),
+        ("facts", "SELECT * FROM agent_certificates ORDER BY agent_id"),
+    ]
+    .into_iter()
+    .map(|(name, sql)| (name, deploy.rows(sql)))
+    .collect()
+}
+
+/// What a check, a plan or a boot must leave alone besides.
+fn everything(deploy: &Deploy) -> (State, Vec<Vec<Value>>) {
+    let more = [
+        "SELECT * FROM pending_updates ORDER BY migration_id",
+        "SELECT * FROM migration_state_backups",
+        "SELECT * FROM update_images",
+        "SELECT * FROM superseded_certificates",
+        "SELECT * FROM pki_anchors",
+    ];
+    (state(deploy), more.iter().map(|sql| deploy.rows(sql)).collect())
+}
+
+/// Cells that differ, as `row/column`.
+fn changed(before: &[Value], after: &[Value], key: &str) -> Vec<(String, String)> {
+    assert_eq!(before.len(), after.len(), "rows came or went");
+    let mut changed = Vec::new();
+    for (was, is) in before.iter().zip(after) {
+        assert_eq!(was[key], is[key]);
+        for (column, value) in was.as_object().unwrap() {
+            if is[column] != *value {
+                changed.push((text(was, key), column.clone()));
+            }
+        }
+    }
+    changed
+}
+
+fn status_of(server: &Server, id: &str) -> Option<String> {
+    listed(server).into_iter().find(|(listed, _)| listed == id).map(|(_, status)| status)
+}
+
+/// What the plan promised is what the apply did, and nothing else.
+fn assert_as_planned(plan: &Value, before: &State, after: &State) {
+    let agents = changed(&before["agents"], &after["agents"], "agent_id");
+    assert_eq!(json!(agents.len()), plan["leaves"], "{agents:?}");
+    let columns: Vec<&str> = agents.iter().map(|(_, column)| column.as_str()).collect();
+    assert!(columns.windows(2).all(|pair| pair[0] == pair[1]), "one column of the fleet: {columns:?}");
+    let planned: Vec<&str> =
+        plan["cells"].as_array().unwrap().iter().map(|cell| cell.as_str().unwrap()).collect();
+    let is_planned = |key: &str| planned.contains(&format!("proxy_config/{key}/value").as_str());
+    for row in &after["config"] {
+        let was = before["config"].iter().find(|was| was["key"] == row["key"]);
+        assert_eq!(was != Some(row), is_planned(&text(row, "key")), "{row}");
+    }
+    // What makes a deploy whole after the first intermediate is not the update's: it comes with the boot.
+    if !before["token keys"].is_empty() {
+        assert_eq!(before["token keys"], after["token keys"]);
+    }
+}
+
+fn contract(id: &str, deploy: Deploy, on: On) {
+    let deploy = deploy.with_passphrase();
+    deploy.start().stop();
+    let deploy = if on == On::Postgres { deploy.on_postgres() } else { deploy };
+
+    // Pure, and the same again.
+    let server = deploy.start();
+    assert_eq!(status_of(&server, id).as_deref(), Some("pending"));
+    let before = everything(&deploy);
+    let plan = server.get(&format!("/proxy/updates/{id}/plan"));
+    assert_eq!(plan.status, 200, "{plan:?}");
+    let plan = plan.json();
+    assert_eq!(everything(&deploy), before, "the plan changed something");
+    server.stop();
+    let server = deploy.start();
+    assert_eq!(everything(&deploy), before, "the check changed something");
+    let before = before.0;
+
+    // There and back.
+    let applied = apply(&server, id);
+    assert_eq!(applied.status, 200, "{applied:?}");
+    let after = state(&deploy);
+    assert_as_planned(&plan, &before, &after);
+    PkiState::read(&deploy).assert_under_one_chain();
+    assert_eq!(status_of(&server, id).as_deref(), Some("applied"));
+    let again = apply(&server, id);
+    assert_eq!((again.status, again.detail()), (409, json!("already applied")));
+    assert_eq!(state(&deploy), after);
+    let rolled_back = roll_back(&server, id);
+    assert_eq!(rolled_back.status, 200, "{rolled_back:?}");
+    assert_eq!(state(&deploy), before, "the rollback did not give back every byte");
+    assert_eq!(roll_back(&server, id).status, 404);
+    assert_eq!(status_of(&server, id).as_deref(), Some("rolled_back"));
+
+    // A damaged snapshot is refused, and nothing changes.
+    assert_eq!(apply(&server, id).status, 200);
+    let after = state(&deploy);
+    deploy.execute(
+        "UPDATE update_images SET before = before || ' ' WHERE sealed = 0 AND changes = 1 AND row_key = \
+         (SELECT MAX(row_key) FROM update_images WHERE sealed = 0 AND changes = 1)",
+    );
+    let refused = roll_back(&server, id);
+    assert_eq!((refused.status, &refused.detail()["reason"]), (409, &json!("snapshot_damaged")));
+    assert_eq!(state(&deploy), after);
+
+    // Repaired is repaired: dropped, the row does not come again.
+    deploy.execute(&format!("DELETE FROM pending_updates WHERE migration_id = '{id}'"));
+    server.stop();
+    let server = deploy.start();
+    assert_eq!(status_of(&server, id), None);
+    assert_eq!(apply(&server, id).detail()["reason"], json!("not_needed"));
+    assert_eq!(state(&deploy), after);
+    server.stop();
+    deploy.audit_verifies();
+}
+
+fn crashes(id: &str, deploy: Deploy, on: On) {
+    let deploy = deploy.with_passphrase();
+    deploy.start().stop();
+    let deploy = if on == On::Postgres { deploy.on_postgres() } else { deploy };
+    let before = state(&deploy);
+    let applied = deploy.copy();
+    let server = applied.start();
+    assert_eq!(apply(&server, id).status, 200);
+    server.stop();
+    let after = state(&applied);
+
+    for (point, new) in APPLY_POINTS {
+        let deploy = deploy.copy();
+        let server = deploy.start_to_crash_at(point);
+        assert_eq!(apply(&server, id).status, 0, "{id} {point}: an answer came");
+        server.dies();
+        let server = deploy.start();
+        assert_eq!(open_runs(&deploy), 0, "{id} {point}");
+        let found = state(&deploy);
+        assert_eq!(found == before, !new, "{id} {point}: neither old nor new");
+        assert_eq!(status_of(&server, id).as_deref(), Some(if new { "applied" } else { "failed" }));
+        assert_eq!(apply(&server, id).status, if new { 409 } else { 200 }, "{id} {point}");
+        let end = state(&deploy);
+        for (table, key) in [("config", "key"), ("agents", "agent_id"), ("token keys", "kid")] {
+            let of = |state: &State| changed(&before[table], &state[table], key);
+            if before[table].len() == after[table].len() {
+                assert_eq!(of(&end), of(&after), "{id} {point}: another end");
+            }
+        }
+        PkiState::read(&deploy).assert_under_one_chain();
+        assert_eq!(roll_back(&server, id).status, 200, "{id} {point}");
+        assert_eq!(state(&deploy), before, "{id} {point}: the way back");
+    }
+    for (point, new) in ROLLBACK_POINTS {
+        let deploy = applied.copy();
+        let server = deploy.start_to_crash_at(point);
+        assert_eq!(roll_back(&server, id).status, 0, "{id} {point}: an answer came");
+        server.dies();
+        let server = deploy.start();
+        assert_eq!(open_runs(&deploy), 0, "{id} {point}");
+        assert_eq!(state(&deploy), if new { before.clone() } else { after.clone() }, "{id} {point}");
+        assert_eq!(roll_back(&server, id).status, if new { 404 } else { 200 }, "{id} {point}");
+        assert_eq!(state(&deploy), before, "{id} {point}");
+        assert_eq!(status_of(&server, id).as_deref(), Some("rolled_back"));
+    }
+}
+
+macro_rules! contract {
+    ($($name:ident: $id:expr, $deploy:expr;)+) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn meets_the_contract_on_sqlite() {
+                contract($id, $deploy, On::Sqlite);
+            }
+
+            #[test]
+            fn meets_the_contract_on_postgresql() {
+                contract($id, $deploy, On::Postgres);
+            }
+
+            #[test]
+            fn survives_every_crash_on_sqlite() {
+                crashes($id, $deploy, On::Sqlite);
+            }
+
+            #[test]
+            fn survives_every_crash_on_postgresql() {
+                crashes($id, $deploy, On::Postgres);
+            }
+        }
+    )+
+
+    #[test]
+    fn every_registered_migration_has_its_line() {
+        let lines: Vec<&str> = vec![$($id),+];
+        let registered: Vec<&str> = mastio::updates::registry::REGISTRY
+            .iter()
+            .map(|migration| migration.declaration().migration_id)
+            .collect();
+        assert_eq!(lines, registered);
+    }
+    };
+}
+
+contract! {
+    org_ca_pathlen: MIGRATION, Deploy::of("chain5");
+    mastio_ca_reissue: REISSUE, reshaped("chain5", &["--new-root"]);
+    ca_key_identifiers: KEY_IDENTIFIERS, reshaped("py_healthy_pathlen1", &["--bare-root"]);
+    leaf_profile: LEAF_PROFILE, Deploy::of("v01_healthy_pathlen1");
+    enrollment_tags: TAGS, reshaped("py_healthy_pathlen1", &["--tag", "agent-0005=spiffe"]);
+}
