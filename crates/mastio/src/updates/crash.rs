@@ -8,6 +8,12 @@ pub(super) fn crash_point(name: &str) {
     }
 }
 
+/// The broken migration that the environment adds to the registry, for the test of the contract test.
+#[cfg(feature = "crash-points")]
+pub(super) fn broken_migration() -> Option<String> {
+    std::env::var("MASTIO_BROKEN_MIGRATION").ok()
+}
+
 /// Nothing.
 #[cfg(not(feature = "crash-points"))]
 pub(super) fn crash_point(_name: &str) {}

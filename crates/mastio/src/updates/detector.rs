@@ -10,8 +10,7 @@ use mastio_core::audit::event::EventType;
 use serde_json::json;
 
 use super::migration::{Criticality, Migration, Need};
-use super::registry::REGISTRY;
-use super::{Findings, UpdateError, Updates, engine, event, store};
+use super::{Findings, UpdateError, Updates, engine, event, registry, store};
 use crate::http::error::chain;
 use crate::pki::sealing::{clear_state, set_state};
 
@@ -20,7 +19,7 @@ impl Updates {
     pub async fn detect(&self) -> Result<(), UpdateError> {
         engine::complete_facts(&self.pki).await?;
         let mut findings = Findings::default();
-        for migration in REGISTRY.iter().copied() {
+        for migration in registry::all() {
             self.detect_one(migration, &mut findings).await?;
         }
         self.findings.store(Arc::new(findings));

@@ -145,6 +145,7 @@ impl Run<'_> {
         let view = Arc::new(view);
         let change_set = self.change_set(Arc::clone(&view)).await?;
         let ChangeSet { cells, fleet, result } = change_set;
+        verify::cells(&cells)?;
         if let Some(result) = &result {
             verify::authority(result, self.now())?;
         }
@@ -941,6 +942,7 @@ pub(super) async fn plan(updates: &Updates, migration: &'static dyn Migration) -
     })
     .await
     .map_err(|_| UpdateError::Stopped)??;
+    verify::cells(&change_set.cells)?;
     if let Some(result) = &change_set.result {
         verify::authority(result, now)?;
     }

@@ -13,10 +13,19 @@ pub const REGISTRY: &[&dyn Migration] = &[
     // The next migration goes here.
 ];
 
+/// Every migration, and in a build for tests the broken one that the environment names.
+pub fn all() -> impl Iterator<Item = &'static dyn Migration> {
+    #[cfg(feature = "crash-points")]
+    let broken = migrations::broken::chosen();
+    #[cfg(not(feature = "crash-points"))]
+    let broken = None;
+    REGISTRY.iter().copied().chain(broken)
+}
+
 /// The migration with this id.
 #[must_use]
 pub fn find(migration_id: &str) -> Option<&'static dyn Migration> {
-    REGISTRY.iter().copied().find(|migration| migration.declaration().migration_id == migration_id)
+    all().find(|migration| migration.declaration().migration_id == migration_id)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use mastio_core::x509::{Certificate, ObjectIdentifier, Role, lints};
 
 use super::error::UpdateError;
 use super::halt::EnrollmentType;
-use super::migration::{Expected, FleetAfter, FleetRow, LeafRule};
+use super::migration::{After, Cell, Expected, FleetAfter, FleetRow, LeafRule};
 
 /// What completing a leaf may add, besides the AKI.
 const ADDED: [ObjectIdentifier; 4] =
@@ -71,6 +71,20 @@ fn reissued(before: &Certificate, after: &Certificate, result: &Expected) -> Res
     after.verify_signature(issuer).map_err(|_| at("signature"))
 }
 
+/// What the engine writes as text is public: a key goes by [`After::Key`], which seals it.
+pub(super) fn cells(cells: &[(Cell, After)]) -> Result<(), UpdateError> {
+    for (cell, after) in cells {
+        if matches!(after, After::Text(text) if holds_a_private_key(text)) {
+            return Err(failed(format!("{}: a private key in clear", cell.place()), None));
+        }
+    }
+    Ok(())
+}
+
+fn holds_a_private_key(text: &str) -> bool {
+    text.contains("PRIVATE KEY-----")
+}
+
 /// One row of the fleet by the rule for its column.
 pub(super) fn row(
     row: &FleetRow,
@@ -78,6 +92,9 @@ pub(super) fn row(
     result: Option<&Expected>,
     now: UnixTime,
 ) -> Result<(), UpdateError> {
+    if holds_a_private_key(&after.text) {
+        return Err(failed(format!("{}: a private key in clear", row.agent_id), None));
+    }
     match (&row.leaf, &after.leaf, result) {
         (Some(before), Some(new), Some(result)) => leaf(row, before, new, &after.text, result, now),
         (None, None, None) => tag(row, &after.text),

@@ -5,6 +5,7 @@
 //! state wholly old or wholly new, and the way on leads to the same end. `docs/migrations.md` tells how to add a line.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use serde_json::{Value, json};
 
@@ -82,6 +83,11 @@ fn status_of(server: &Server, id: &str) -> Option<String> {
     listed(server).into_iter().find(|(listed, _)| listed == id).map(|(_, status)| status)
 }
 
+/// Why the server failed: its answer keeps that for the log.
+fn last_error(server: &Server) -> Option<String> {
+    server.log().iter().rev().find(|event| event["level"] == "ERROR").map(|event| text(event, "error"))
+}
+
 /// What the plan promised is what the apply did, and nothing else.
 fn assert_as_planned(plan: &Value, before: &State, after: &State) {
     let agents = changed(&before["agents"], &after["agents"], "agent_id");
@@ -101,6 +107,21 @@ fn assert_as_planned(plan: &Value, before: &State, after: &State) {
     }
 }
 
+/// No private key lies in clear, neither where an update writes nor in its snapshot nor in the audit log.
+fn assert_no_key_in_clear(deploy: &Deploy) {
+    for (table, columns) in [
+        ("proxy_config", "value"),
+        ("internal_agents", "cert_pem"),
+        ("update_images", "COALESCE(before, '') || COALESCE(after, '') || COALESCE(restore, '')"),
+        ("migration_state_backups", "snapshot_json"),
+        ("audit_events", "details"),
+    ] {
+        let leaked =
+            deploy.count(&format!("SELECT COUNT(*) FROM {table} WHERE {columns} LIKE '%PRIVATE KEY-----%'"));
+        assert_eq!(leaked, 0, "a private key in clear in {table}");
+    }
+}
+
 fn contract(id: &str, deploy: Deploy, on: On) {
     let deploy = deploy.with_passphrase();
     deploy.start().stop();
@@ -108,11 +129,12 @@ fn contract(id: &str, deploy: Deploy, on: On) {
 
     // Pure, and the same again.
     let server = deploy.start();
-    assert_eq!(status_of(&server, id).as_deref(), Some("pending"));
+    assert_eq!(status_of(&server, id).as_deref(), Some("pending"), "not proposed");
     let before = everything(&deploy);
     let plan = server.get(&format!("/proxy/updates/{id}/plan"));
-    assert_eq!(plan.status, 200, "{plan:?}");
+    assert_eq!(plan.status, 200, "{:?}", last_error(&server));
     let plan = plan.json();
+    assert!(plan["leaves"] != 0 || plan["cells"] != json!([]), "the plan changes nothing");
     assert_eq!(everything(&deploy), before, "the plan changed something");
     server.stop();
     let server = deploy.start();
@@ -121,9 +143,10 @@ fn contract(id: &str, deploy: Deploy, on: On) {
 
     // There and back.
     let applied = apply(&server, id);
-    assert_eq!(applied.status, 200, "{applied:?}");
+    assert_eq!(applied.status, 200, "{:?}", last_error(&server));
     let after = state(&deploy);
     assert_as_planned(&plan, &before, &after);
+    assert_no_key_in_clear(&deploy);
     PkiState::read(&deploy).assert_under_one_chain();
     assert_eq!(status_of(&server, id).as_deref(), Some("applied"));
     let again = apply(&server, id);
@@ -150,7 +173,7 @@ fn contract(id: &str, deploy: Deploy, on: On) {
     deploy.execute(&format!("DELETE FROM pending_updates WHERE migration_id = '{id}'"));
     server.stop();
     let server = deploy.start();
-    assert_eq!(status_of(&server, id), None);
+    assert_eq!(status_of(&server, id), None, "found needed again");
     assert_eq!(apply(&server, id).detail()["reason"], json!("not_needed"));
     assert_eq!(state(&deploy), after);
     server.stop();
@@ -249,4 +272,33 @@ contract! {
     ca_key_identifiers: KEY_IDENTIFIERS, reshaped("py_healthy_pathlen1", &["--bare-root"]);
     leaf_profile: LEAF_PROFILE, Deploy::of("v01_healthy_pathlen1");
     enrollment_tags: TAGS, reshaped("py_healthy_pathlen1", &["--tag", "agent-0005=spiffe"]);
+}
+
+/// Which step of the contract each broken migration fails at, and what is said there.
+const BROKEN: [(&str, &str); 8] = [
+    ("forgets-a-row", "found needed again"),
+    ("not-idempotent", "found needed again"),
+    ("changes-a-preserved-field", "validity"),
+    ("changes-the-meaning", "which became byoca"),
+    ("panics-in-check", "not proposed"),
+    ("panics-in-prepare", "the run stopped unexpectedly"),
+    ("claims-done", "the plan changes nothing"),
+    ("leaks-a-key", "a private key in clear"),
+];
+
+#[test]
+fn a_broken_migration_fails_the_contract() {
+    println!("{:<28} stopped by", "broken migration");
+    for (broken, expected) in BROKEN {
+        let deploy = reshaped("py_healthy_pathlen1", &["--tag", "agent-0005=spiffe"])
+            .with_variable("MASTIO_BROKEN_MIGRATION", broken);
+        let failed = catch_unwind(AssertUnwindSafe(|| contract("2026-12-31-broken", deploy, On::Sqlite)));
+        let told = failed
+            .expect_err(broken)
+            .downcast::<String>()
+            .map_or_else(|other| (*other.downcast::<&'static str>().unwrap()).to_owned(), |told| *told);
+        let first: String = told.lines().next().unwrap().chars().take(160).collect();
+        println!("{broken:<28} {first}");
+        assert!(told.contains(expected), "{broken}: {told}");
+    }
 }

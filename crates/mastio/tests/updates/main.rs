@@ -1,8 +1,9 @@
 //! Updates from the outside: the real binary on real databases, killed where it hurts and judged by others.
 //!
 //! [`fixtures`] walks every database that the predecessor left; [`chains`] has verifiers that share no code with us
-//! judge what an apply made; [`crashes`] kills the process at every phase; [`contract`] is what every migration meets, [`repairs`] what each does; [`fence`] engages the halt under load;
-//! [`rows`] lists every row of every database; [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left in its database.
+//! judge what an apply made; [`contract`] is what every migration meets, [`repairs`] what each does; [`crashes`] kills
+//! the process at every phase over a large fleet; [`fence`] engages the halt under load; [`rows`] lists every row of
+//! every database; [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left behind.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod chains;

@@ -128,7 +128,7 @@ fn agents_of_a_deploy_that_the_predecessor_has_updated_go_on_after_the_repair() 
     let server = deploy.start();
     let before = PkiState::read(&deploy);
     let ca = server.ca();
-    let agent = before.agents.keys().next().unwrap().clone();
+    let agent = before.agents.keys().nth(1).unwrap().clone();
     let held = |folder: &str| format!("py_applied/{folder}");
     let refused = mints(&server, &ca, &held("new_leaves"), &agent).unwrap_err();
     assert_eq!(refused, format!("503 signing halted — pending migration {REISSUE}"));

@@ -61,12 +61,18 @@ pub struct Deploy {
     folder: TempDir,
     database: Database,
     passphrase: Option<&'static str>,
+    variable: Option<(&'static str, &'static str)>,
 }
 
 impl Deploy {
     /// An empty data directory: the first boot creates an organisation.
     pub fn fresh() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), database: Database::Sqlite, passphrase: None }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            database: Database::Sqlite,
+            passphrase: None,
+            variable: None,
+        }
     }
 
     /// A copy of a legacy database.
@@ -88,6 +94,12 @@ impl Deploy {
         self
     }
 
+    /// With a variable of its own in the environment.
+    pub fn with_variable(mut self, name: &'static str, value: &'static str) -> Self {
+        self.variable = Some((name, value));
+        self
+    }
+
     /// A copy of everything, on the same kind of database. No server may run on `self`.
     pub fn copy(&self) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -99,7 +111,7 @@ impl Deploy {
                 Database::Postgres(create_postgres(&format!("TEMPLATE {template}")))
             }
         };
-        Self { folder, database, passphrase: self.passphrase }
+        Self { folder, database, passphrase: self.passphrase, variable: self.variable }
     }
 
     /// The same deploy moved to a PostgreSQL database of its own. Needs a passphrase.
@@ -108,7 +120,12 @@ impl Deploy {
         let copied = run(self.mastio(&["database", "copy"]).args(["--to", &url]));
         assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
         let folder = tempfile::tempdir().unwrap();
-        Self { folder, database: Database::Postgres(url), passphrase: self.passphrase }
+        Self {
+            folder,
+            database: Database::Postgres(url),
+            passphrase: self.passphrase,
+            variable: self.variable,
+        }
     }
 
     pub fn folder(&self) -> &Path {
@@ -134,6 +151,7 @@ impl Deploy {
         if let Database::Postgres(url) = &self.database {
             command.env("MCP_PROXY_DATABASE_URL", url);
         }
+        command.envs(self.variable);
         if let Some(passphrase) = self.passphrase {
             command.env("MCP_PROXY_DB_ENCRYPTION_KEY", passphrase);
         }

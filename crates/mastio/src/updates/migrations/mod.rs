@@ -1,5 +1,7 @@
 //! One file a migration, and what several of them share.
 
+#[cfg(feature = "crash-points")]
+pub(super) mod broken;
 pub mod m2026_04_23_org_ca_pathlen_1;
 pub mod m2026_06_09_mastio_ca_reissue;
 pub mod m2026_07_14_ca_key_identifiers;
