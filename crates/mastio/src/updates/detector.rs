@@ -83,7 +83,12 @@ impl Updates {
                 self.propose(&mut tx, migration, open, decided, &mut events).await?;
             }
             Ok(Need::Refused(refusal)) => {
-                tracing::error!(migration_id = id, reason = refusal.reason, "{}", refusal.message);
+                // One that halts and cannot be applied is for the operator at once; another waits for what comes first.
+                if declaration.criticality == Criticality::Critical {
+                    tracing::error!(migration_id = id, reason = refusal.reason, "{}", refusal.message);
+                } else {
+                    tracing::warn!(migration_id = id, reason = refusal.reason, "{}", refusal.message);
+                }
                 findings.notes.push((id.to_owned(), refusal.message.clone()));
                 self.propose(&mut tx, migration, open, decided, &mut events).await?;
             }

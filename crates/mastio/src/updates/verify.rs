@@ -185,3 +185,198 @@ fn signed_anew(before: &Certificate, new: &Certificate, result: &Expected) -> Re
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use mastio_core::x509::{Names, Validity, profile, resign};
+
+    use super::*;
+    use crate::entropy::Entropy;
+    use crate::pki::keys::PrivateKey;
+    use crate::updates::halt::ExemptPermit;
+
+    const NOW: UnixTime = UnixTime(1_795_400_000);
+    const YEAR_S: i64 = 365 * 86_400;
+
+    struct Pki {
+        entropy: Entropy,
+        permit: ExemptPermit,
+        root_key: PrivateKey,
+        root: Certificate,
+        ca_key: PrivateKey,
+        ca: Certificate,
+        leaf_spki: Vec<u8>,
+    }
+
+    fn life(seconds: i64) -> Validity {
+        Validity { not_before: NOW.plus(-60), not_after: NOW.plus(seconds) }
+    }
+
+    fn names(common_name: &str) -> Names {
+        Names { common_name: common_name.to_owned(), organization: Some("acme".to_owned()) }
+    }
+
+    impl Pki {
+        fn new() -> Self {
+            let entropy = Entropy::default();
+            let permit = ExemptPermit::for_run();
+            let (root_key, ca_key) =
+                (PrivateKey::generate_p256().unwrap().key, PrivateKey::generate_p256().unwrap().key);
+            let leaf_spki = PrivateKey::generate_p256().unwrap().key.spki_der().to_vec();
+            let algorithm = root_key.signature_algorithm();
+            let tbs = profile::org_ca(
+                names("acme CA"),
+                root_key.spki_der(),
+                &entropy.serial(),
+                life(9 * YEAR_S),
+                1,
+                algorithm,
+            );
+            let root = root_key.sign_certificate(&permit, tbs.unwrap()).unwrap();
+            let ca = Self::intermediate(&entropy, &permit, (&root, &root_key), &ca_key, 5 * YEAR_S);
+            Self { entropy, permit, root_key, root, ca_key, ca, leaf_spki }
+        }
+
+        fn intermediate(
+            entropy: &Entropy,
+            permit: &ExemptPermit,
+            (root, root_key): (&Certificate, &PrivateKey),
+            key: &PrivateKey,
+            seconds: i64,
+        ) -> Certificate {
+            let algorithm = root_key.signature_algorithm();
+            let (spki, serial) = (key.spki_der(), entropy.serial());
+            let tbs =
+                profile::mastio_ca(root, names("acme Mastio CA"), spki, &serial, life(seconds), algorithm);
+            root_key.sign_certificate(permit, tbs.unwrap()).unwrap()
+        }
+
+        fn leaf(&self, name: &str, seconds: i64) -> Certificate {
+            let tbs = profile::agent_leaf(
+                &self.ca,
+                &format!("acme::{name}"),
+                "acme",
+                &format!("spiffe://cullis.local/acme/{name}"),
+                &self.leaf_spki,
+                &self.entropy.serial(),
+                life(seconds),
+                self.ca_key.signature_algorithm(),
+            );
+            self.ca_key.sign_certificate(&self.permit, tbs.unwrap()).unwrap()
+        }
+
+        /// The same leaf with a fresh serial.
+        fn again(&self, leaf: &Certificate) -> Certificate {
+            let algorithm = self.ca_key.signature_algorithm();
+            let tbs = resign::complete_leaf(leaf, &self.ca, &self.entropy.serial(), algorithm);
+            self.ca_key.sign_certificate(&self.permit, tbs.unwrap()).unwrap()
+        }
+
+        fn reissued(&self, seconds: i64) -> Certificate {
+            let root = (&self.root, &self.root_key);
+            Self::intermediate(&self.entropy, &self.permit, root, &self.ca_key, seconds)
+        }
+
+        fn expects(&self, mastio_ca: &Certificate, leaves: LeafRule) -> Expected {
+            Expected {
+                org_ca: self.root.clone(),
+                mastio_ca: mastio_ca.clone(),
+                replaced_org_ca: None,
+                reissued: vec![],
+                leaves,
+            }
+        }
+    }
+
+    fn judged(before: &Certificate, after: &Certificate, follows: &str, result: &Expected) -> String {
+        let row = FleetRow {
+            agent_id: "acme::bot".to_owned(),
+            text: before.to_pem(),
+            leaf: Some(before.clone()),
+            issuer_key_id: String::new(),
+        };
+        let after = FleetAfter { text: after.to_pem() + follows, leaf: Some(after.clone()) };
+        super::row(&row, &after, Some(result), NOW).map_or_else(|error| error.to_string(), |()| "good".into())
+    }
+
+    #[test]
+    fn a_leaf_that_is_kept_is_kept_and_followed_by_the_intermediate_in_force() {
+        let pki = Pki::new();
+        let (leaf, new_ca) = (pki.leaf("bot", YEAR_S), pki.reissued(5 * YEAR_S));
+        let expected = pki.expects(&new_ca, LeafRule::Kept);
+        assert_eq!(judged(&leaf, &leaf, &new_ca.to_pem(), &expected), "good");
+        let former = judged(&leaf, &leaf, &pki.ca.to_pem(), &expected);
+        assert!(former.contains("the intermediate that follows it"), "{former}");
+        let another = judged(&leaf, &pki.again(&leaf), &new_ca.to_pem(), &expected);
+        assert!(another.contains("certificate, which must stay"), "{another}");
+        // The certificate that is told and the one that would be stored.
+        let row = FleetRow {
+            agent_id: "acme::bot".to_owned(),
+            text: leaf.to_pem(),
+            leaf: Some(leaf.clone()),
+            issuer_key_id: String::new(),
+        };
+        let text = pki.again(&leaf).to_pem() + &new_ca.to_pem();
+        let after = FleetAfter { text, leaf: Some(leaf) };
+        assert!(super::row(&row, &after, Some(&expected), NOW).is_err());
+    }
+
+    #[test]
+    fn a_completed_leaf_keeps_what_it_had_and_lives_no_longer() {
+        let pki = Pki::new();
+        let leaf = pki.leaf("bot", YEAR_S);
+        let expected = pki.expects(&pki.ca, LeafRule::Completed);
+        assert_eq!(judged(&leaf, &pki.again(&leaf), "", &expected), "good");
+        for (after, fault) in [
+            (pki.leaf("other", YEAR_S), "subject"),
+            (pki.leaf("bot", YEAR_S + 1), "validity"),
+            (leaf.clone(), "serial"),
+        ] {
+            let found = judged(&leaf, &after, "", &expected);
+            assert!(found.contains(fault), "{found}, expected {fault}");
+        }
+        let stranger = Pki { leaf_spki: pki.leaf_spki.clone(), ..Pki::new() };
+        let found = judged(&leaf, &stranger.leaf("bot", YEAR_S), "", &expected);
+        assert!(found != "good", "a leaf of another intermediate");
+    }
+
+    #[test]
+    fn a_reissued_ca_keeps_name_key_and_life() {
+        let pki = Pki::new();
+        let judged = |after: &Certificate| {
+            let mut expected = pki.expects(after, LeafRule::Kept);
+            expected.reissued.push([pki.ca.clone(), after.clone()]);
+            authority(&expected, NOW).map_or_else(|error| error.to_string(), |()| "good".into())
+        };
+        assert_eq!(judged(&pki.reissued(5 * YEAR_S)), "good");
+        let longer = judged(&pki.reissued(5 * YEAR_S + 1));
+        assert!(longer.contains("notAfter"), "{longer}");
+        let same = judged(&pki.ca);
+        assert!(same.contains("serial"), "{same}");
+        let other_key = PrivateKey::generate_p256().unwrap().key;
+        let root = (&pki.root, &pki.root_key);
+        let other = Pki::intermediate(&pki.entropy, &pki.permit, root, &other_key, 5 * YEAR_S);
+        let other = judged(&other);
+        assert!(other.contains("public key"), "{other}");
+    }
+
+    #[test]
+    fn a_tag_keeps_its_meaning_and_no_certificate_comes_with_it() {
+        let judged = |before: &str, after: &str| {
+            let row = FleetRow {
+                agent_id: "acme::bot".to_owned(),
+                text: before.to_owned(),
+                leaf: None,
+                issuer_key_id: String::new(),
+            };
+            super::row(&row, &FleetAfter { text: after.to_owned(), leaf: None }, None, NOW).is_ok()
+        };
+        assert!(judged("admin", "connector") && judged("spiffe", "spire"));
+        for (before, after) in
+            [("admin", "spire"), ("spiffe", "connector"), ("admin", "admin"), ("admin", "")]
+        {
+            assert!(!judged(before, after), "{before} to {after}");
+        }
+    }
+}
