@@ -45,7 +45,7 @@ impl FleetChange for ChainText {
     }
 }
 
-/// Why the Org CA cannot sign a CA certificate here and now; `None` where it can.
+/// Whether the Org CA can sign a CA certificate here and now, and why not.
 enum OrgCa {
     Usable,
     HeldElsewhere(Refusal),
