@@ -111,6 +111,13 @@ impl Run<'_> {
     }
 
     async fn enter(&self, phase: Phase, done: i64, total: i64) -> Result<(), UpdateError> {
+        let mut tx = self.updates.pki.store.write().await?;
+        self.note(&mut tx, phase, done, total).await?;
+        Ok(tx.commit_unaudited().await?)
+    }
+
+    /// Shows where the run is, and notes it with whatever else `tx` makes durable.
+    async fn note(&self, tx: &mut WriteTx, phase: Phase, done: i64, total: i64) -> Result<(), UpdateError> {
         self.updates.show(Progress {
             run_id: self.run_id.clone(),
             migration_id: self.id().to_owned(),
@@ -119,9 +126,7 @@ impl Run<'_> {
             done,
             total,
         });
-        let mut tx = self.updates.pki.store.write().await?;
-        rows::progress(&mut tx, &self.run_id, phase.as_str(), done, total, self.now()).await?;
-        Ok(tx.commit_unaudited().await?)
+        Ok(rows::progress(tx, &self.run_id, phase.as_str(), done, total, self.now()).await?)
     }
 
     async fn view(&self) -> Result<View, UpdateError> {
@@ -161,7 +166,12 @@ impl Run<'_> {
         self.enter(Phase::Commit, 0, total).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_apply(&view, &cells, &result).await? {
+            let seen = self.moved().await?;
+            if !seen.agent_ids.is_empty() {
+                self.follow(&seen.agent_ids, fleet.as_ref(), &result).await?;
+                continue;
+            }
+            match self.commit_apply(seen.epoch, &view, &cells, &result).await? {
                 Commit::Done(done) => {
                     outcome = Some(done);
                     break;
@@ -228,7 +238,7 @@ impl Run<'_> {
         let Some(earlier) = rows::snapshot(tx, self.id()).await? else { return Ok(()) };
         let run = rows::run_by_id(tx, &earlier.run_id).await?;
         if run.is_some_and(|run| !run.committed && run.actor != super::PREDECESSOR) {
-            rows::drop_images(tx, &earlier.run_id).await?;
+            rows::discard_images(tx, &earlier.run_id).await?;
         }
         Ok(())
     }
@@ -316,8 +326,7 @@ impl Run<'_> {
             let Some(last) = page.last() else { return Ok(()) };
             after.clone_from(&last.agent_id);
             done += i64::try_from(page.len()).unwrap_or(i64::MAX);
-            self.stage_leaves(page, fleet, result).await?;
-            self.enter(Phase::Prepare, done, total).await?;
+            self.stage_leaves(page, fleet, result, Some((done, total))).await?;
         }
     }
 
@@ -326,6 +335,7 @@ impl Run<'_> {
         page: Vec<FleetCell>,
         fleet: &Arc<dyn FleetChange>,
         result: &Expected,
+        progress: Option<(i64, i64)>,
     ) -> Result<(), UpdateError> {
         let staged = change_leaves(
             page,
@@ -337,6 +347,9 @@ impl Run<'_> {
         .await?;
         let mut tx = self.updates.pki.store.write().await?;
         rows::stage(&mut tx, &self.run_id, &staged).await?;
+        if let Some((done, total)) = progress {
+            self.note(&mut tx, Phase::Prepare, done, total).await?;
+        }
         Ok(tx.commit_unaudited().await?)
     }
 
@@ -373,15 +386,29 @@ impl Run<'_> {
         tx.commit_unaudited().await?;
         if let Some(fleet) = fleet {
             for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
-                self.stage_leaves(page.to_vec(), fleet, result).await?;
+                self.stage_leaves(page.to_vec(), fleet, result, None).await?;
             }
         }
         self.verify_staged().await
     }
 
+    /// Who has moved since the run saw the fleet, asked outside the lock. Every write to the fleet moves the epoch, so
+    /// whoever finds the same epoch under the lock need not ask again.
+    async fn moved(&self) -> Result<Seen, UpdateError> {
+        let mut tx = self.updates.pki.store.read().await?;
+        let epoch = rows::epoch(&mut tx).await?;
+        let agent_ids = if self.migration.scope().fleet {
+            rows::moved(&mut tx, &self.run_id, MOVED_LEAVES_MAX).await?
+        } else {
+            Vec::new()
+        };
+        Ok(Seen { epoch, agent_ids })
+    }
+
     /// The one commit of an apply.
     async fn commit_apply(
         &self,
+        seen_epoch: i64,
         view: &View,
         cells: &[(Cell, After)],
         result: &Expected,
@@ -390,7 +417,7 @@ impl Run<'_> {
         let declaration = self.migration.declaration();
         let mut tx = pki.store.write().await?;
         let now = self.now();
-        if self.migration.scope().fleet {
+        if self.migration.scope().fleet && tx.epoch() != seen_epoch {
             let moved = rows::moved(&mut tx, &self.run_id, MOVED_LEAVES_MAX).await?;
             if !moved.is_empty() {
                 return Ok(Commit::Moved(moved));
@@ -502,6 +529,9 @@ impl Run<'_> {
         }
         let mut tx = pki.store.write().await?;
         rows::finish_run(&mut tx, &self.run_id, true, None, self.now()).await?;
+        if self.direction == Direction::Rollback {
+            rows::discard_images(&mut tx, &self.run_id).await?;
+        }
         tx.bump_epoch().await?;
         tx.commit(&[self.event(EventType::UpdateVerified, json!({ "direction": self.direction.as_str() }))])
             .await?;
@@ -553,19 +583,25 @@ impl Run<'_> {
         self.enter(Phase::Commit, 0, 0).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_rollback(&snapshot.run_id).await? {
-                Commit::Done(done) => {
-                    outcome = Some(done);
-                    break;
-                }
-                Commit::Moved(agent_ids) => {
-                    let mut present = Vec::new();
-                    for agent_id in &agent_ids {
-                        present.extend(rows::fleet_cell(&mut store.read().await?, agent_id).await?);
+            let mut tx = store.read().await?;
+            let epoch = rows::epoch(&mut tx).await?;
+            let mut moved =
+                rows::carry_back_moved(&mut tx, &snapshot.run_id, &self.run_id, MOVED_LEAVES_MAX).await?;
+            drop(tx);
+            if moved.is_empty() {
+                match self.commit_rollback(epoch, &snapshot.run_id).await? {
+                    Commit::Done(done) => {
+                        outcome = Some(done);
+                        break;
                     }
-                    self.stage_carried(present, &carry_back).await?;
+                    Commit::Moved(agent_ids) => moved = agent_ids,
                 }
             }
+            let mut present = Vec::new();
+            for agent_id in &moved {
+                present.extend(rows::fleet_cell(&mut store.read().await?, agent_id).await?);
+            }
+            self.stage_carried(present, &carry_back).await?;
         }
         let outcome = outcome.ok_or(UpdateError::CannotCatchUp)?;
         crash_point("rollback.commit");
@@ -577,7 +613,7 @@ impl Run<'_> {
     async fn drop_uncommitted(&self, apply_run: &str) -> Result<Outcome, UpdateError> {
         let mut tx = self.updates.pki.store.write().await?;
         let now = self.now();
-        rows::drop_images(&mut tx, apply_run).await?;
+        rows::discard_images(&mut tx, apply_run).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
         rows::finish_run(&mut tx, &self.run_id, true, None, now).await?;
@@ -678,13 +714,15 @@ impl Run<'_> {
     }
 
     /// The one commit of a rollback.
-    async fn commit_rollback(&self, apply_run: &str) -> Result<Commit, UpdateError> {
+    async fn commit_rollback(&self, seen_epoch: i64, apply_run: &str) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
         let mut tx = pki.store.write().await?;
         let now = self.now();
-        let moved = rows::carry_back_moved(&mut tx, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
-        if !moved.is_empty() {
-            return Ok(Commit::Moved(moved));
+        if tx.epoch() != seen_epoch {
+            let moved = rows::carry_back_moved(&mut tx, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
+            if !moved.is_empty() {
+                return Ok(Commit::Moved(moved));
+            }
         }
         let before = pki.authority().org_ca.clone();
         let restored_leaves = rows::restore_fleet(&mut tx, apply_run, &self.run_id, now).await?;
@@ -728,8 +766,7 @@ impl Run<'_> {
         }
         refill_facts(&mut tx, restored_root.as_ref(), pki).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
-        rows::drop_images(&mut tx, apply_run).await?;
-        rows::drop_images(&mut tx, &self.run_id).await?;
+        rows::discard_images(&mut tx, apply_run).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
         rows::set_committed(&mut tx, &self.run_id, false, now).await?;
         tx.bump_epoch().await?;
@@ -755,6 +792,12 @@ impl Run<'_> {
         }
         Event { event_type, actor: self.actor.clone(), details }
     }
+}
+
+/// The agents that have moved, as of an epoch.
+struct Seen {
+    epoch: i64,
+    agent_ids: Vec<String>,
 }
 
 enum Commit {
