@@ -350,6 +350,9 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandl
                 if let Err(error) = updates.recover().await {
                     tracing::warn!(error = chain(&error), "update_recovery_failed");
                 }
+                if let Err(error) = updates.sweep().await {
+                    tracing::warn!(error = chain(&error), "update_sweep_failed");
+                }
             }
         })
     };

@@ -44,6 +44,8 @@ pub struct Agent {
     pub capabilities: Vec<String>,
     /// Leaf and what follows it, PEM.
     pub cert_pem: Option<String>,
+    /// The present leaf, read once; absent where there is none that can be read.
+    pub leaf: Option<Certificate>,
     /// Whether it may do anything at all.
     pub is_active: bool,
     /// How it came to its identity.
@@ -62,14 +64,6 @@ pub struct Agent {
     pub federated: bool,
     /// When its row was made.
     pub created_at: String,
-}
-
-impl Agent {
-    /// The present leaf.
-    #[must_use]
-    pub fn leaf(&self) -> Option<Certificate> {
-        Certificate::from_pem(self.cert_pem.as_deref()?).ok()
-    }
 }
 
 /// An agent that a certificate proved, at one epoch.
@@ -211,7 +205,7 @@ impl Agents {
             .await?
             .filter(|agent| agent.is_active)
             .ok_or(IdentityError::UnknownOrInactive)?;
-        let present = agent.leaf().ok_or(IdentityError::PinMismatch)?;
+        let present = agent.leaf.as_ref().ok_or(IdentityError::PinMismatch)?;
         if present.der() == certificate.der() {
             return Ok(agent);
         }
@@ -278,6 +272,7 @@ impl Agents {
                 display_name: display_name.to_owned(),
                 capabilities: capabilities.to_vec(),
                 cert_pem: Some(chain),
+                leaf: Some(leaf.clone()),
                 is_active: true,
                 enrollment: EnrollmentType::Connector,
                 dpop_jkt: None,

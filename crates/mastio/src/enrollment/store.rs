@@ -1,6 +1,7 @@
 //! Rows of agents.
 
 use mastio_core::time::UnixTime;
+use mastio_core::x509::Certificate;
 
 use super::Agent;
 use crate::store::{Query, Row, StoreError, WriteTx};
@@ -9,11 +10,13 @@ use crate::values;
 
 fn read(row: &Row) -> Result<Agent, StoreError> {
     let capabilities = row.text(2)?;
+    let cert_pem = row.optional_text(3)?;
     Ok(Agent {
         agent_id: row.text(0)?,
         display_name: row.text(1)?,
         capabilities: serde_json::from_str(&capabilities).unwrap_or_default(),
-        cert_pem: row.optional_text(3)?,
+        leaf: cert_pem.as_deref().and_then(|pem| Certificate::from_pem(pem).ok()),
+        cert_pem,
         is_active: row.truth(4)?,
         enrollment: EnrollmentType::from_tag(row.optional_text(5)?.as_deref()),
         dpop_jkt: row.optional_text(6)?,

@@ -134,7 +134,8 @@ impl Tokens {
         if !ephemeral::take_challenge(&self.pki.store, nonce, &agent_id, now).await? {
             return Err(TokenEndpointError::Challenge);
         }
-        let presented = self.assertion(text, now).await?;
+        let unverified = UnverifiedAssertion::parse(text).map_err(TokenEndpointError::Assertion)?;
+        let presented = blocking(move || presented(&unverified, now)).await??;
         let proven = self.establish(&presented, now).await?;
         if proven.agent.agent_id != agent_id || presented.assertion.nonce.as_deref() != Some(nonce) {
             return Err(TokenEndpointError::Challenge);
@@ -167,15 +168,16 @@ impl Tokens {
         // First, so that a halted deploy answers at once and every caller reads why.
         self.pki.halted()?;
         let now = context.now.seconds();
-        let proof = self.proof(proof, "POST", urls, None, now).await?;
-        let presented = self.assertion(text, now).await?;
+        let (proof, presented) = credentials(proof, text, urls, now).await?;
         // Established first: an allowance must not be used up by somebody who only names the agent.
-        let proven = self.establish(&presented, now).await?;
+        let mut proven = self.establish(&presented, now).await?;
         self.agents.admit(&proven.agent.agent_id, context)?;
         for _round in 0..STALE_ROUNDS_MAX {
             let (permit, authority) = self.pki.permit().await?;
-            // Judged anew in every round: what made the epoch move may have deactivated the agent.
-            let proven = self.establish(&presented, now).await?;
+            // Judged anew when the epoch has moved: what moved it may have deactivated the agent.
+            if proven.epoch != permit.epoch() {
+                proven = self.establish(&presented, now).await?;
+            }
             let claims = AccessTokenClaims {
                 issuer: self.issuer(),
                 audience: ACCESS_TOKEN_AUDIENCE.to_owned(),
@@ -304,25 +306,6 @@ impl Tokens {
         .map_err(TokenEndpointError::Proof)
     }
 
-    /// The assertion, verified under the leaf that it carries; the leaf itself is not judged yet.
-    async fn assertion(&self, text: &str, now: UnixTime) -> Result<Presented, TokenEndpointError> {
-        let unverified = UnverifiedAssertion::parse(text).map_err(TokenEndpointError::Assertion)?;
-        blocking(move || {
-            let mut chain = Vec::new();
-            for der in unverified.chain_der() {
-                let certificate = Certificate::from_der(der).map_err(|_| TokenEndpointError::Chain)?;
-                if !chain.contains(&certificate) {
-                    chain.push(certificate);
-                }
-            }
-            let mut chain = chain.into_iter();
-            let leaf = chain.next().ok_or(TokenEndpointError::Chain)?;
-            let assertion = unverified.verify(leaf.spki_der(), now).map_err(TokenEndpointError::Assertion)?;
-            Ok(Presented { assertion, leaf, beside: chain.collect() })
-        })
-        .await?
-    }
-
     async fn establish(
         &self,
         presented: &Presented,
@@ -340,6 +323,40 @@ impl Tokens {
             AppendError::Unavailable => TokenEndpointError::AuditUnavailable,
         })
     }
+}
+
+/// The proof and the assertion of a token request, verified together off the executor's threads.
+async fn credentials(
+    proof: &str,
+    assertion: &str,
+    urls: &[String],
+    now: UnixTime,
+) -> Result<(Proof, Presented), TokenEndpointError> {
+    let proof = UnverifiedProof::parse(proof).map_err(TokenEndpointError::Proof)?;
+    let assertion = UnverifiedAssertion::parse(assertion);
+    let urls = urls.to_vec();
+    blocking(move || {
+        let request = ProofRequest { method: "POST", urls: &urls, access_token: None, nonce: None, now };
+        let proof = proof.verify(&request).map_err(TokenEndpointError::Proof)?;
+        let assertion = assertion.map_err(TokenEndpointError::Assertion)?;
+        Ok((proof, presented(&assertion, now)?))
+    })
+    .await?
+}
+
+/// The assertion, verified under the leaf that it carries; the leaf itself is not judged yet.
+fn presented(unverified: &UnverifiedAssertion, now: UnixTime) -> Result<Presented, TokenEndpointError> {
+    let mut chain = Vec::new();
+    for der in unverified.chain_der() {
+        let certificate = Certificate::from_der(der).map_err(|_| TokenEndpointError::Chain)?;
+        if !chain.contains(&certificate) {
+            chain.push(certificate);
+        }
+    }
+    let mut chain = chain.into_iter();
+    let leaf = chain.next().ok_or(TokenEndpointError::Chain)?;
+    let assertion = unverified.verify(leaf.spki_der(), now).map_err(TokenEndpointError::Assertion)?;
+    Ok(Presented { assertion, leaf, beside: chain.collect() })
 }
 
 /// Signs off the executor's threads.

@@ -111,6 +111,13 @@ impl Run<'_> {
     }
 
     async fn enter(&self, phase: Phase, done: i64, total: i64) -> Result<(), UpdateError> {
+        let mut tx = self.updates.pki.store.write().await?;
+        self.note(&mut tx, phase, done, total).await?;
+        Ok(tx.commit_unaudited().await?)
+    }
+
+    /// Shows where the run is, and notes it with whatever else `tx` makes durable.
+    async fn note(&self, tx: &mut WriteTx, phase: Phase, done: i64, total: i64) -> Result<(), UpdateError> {
         self.updates.show(Progress {
             run_id: self.run_id.clone(),
             migration_id: self.id().to_owned(),
@@ -119,9 +126,7 @@ impl Run<'_> {
             done,
             total,
         });
-        let mut tx = self.updates.pki.store.write().await?;
-        rows::progress(&mut tx, &self.run_id, phase.as_str(), done, total, self.now()).await?;
-        Ok(tx.commit_unaudited().await?)
+        Ok(rows::progress(tx, &self.run_id, phase.as_str(), done, total, self.now()).await?)
     }
 
     async fn view(&self) -> Result<View, UpdateError> {
@@ -164,7 +169,12 @@ impl Run<'_> {
         self.enter(Phase::Commit, 0, total).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_apply(&view, &cells, result.as_ref()).await? {
+            let seen = self.moved().await?;
+            if !seen.agent_ids.is_empty() {
+                self.follow(&seen.agent_ids, fleet.as_ref(), result.as_ref()).await?;
+                continue;
+            }
+            match self.commit_apply(seen.epoch, &view, &cells, result.as_ref()).await? {
                 Commit::Done(done) => {
                     outcome = Some(done);
                     break;
@@ -236,7 +246,7 @@ impl Run<'_> {
         let Some(earlier) = rows::snapshot(tx, self.id()).await? else { return Ok(()) };
         let run = rows::run_by_id(tx, &earlier.run_id).await?;
         if run.is_some_and(|run| !run.committed && run.actor != super::PREDECESSOR) {
-            rows::drop_images(tx, &earlier.run_id).await?;
+            rows::discard_images(tx, &earlier.run_id).await?;
         }
         Ok(())
     }
@@ -324,8 +334,7 @@ impl Run<'_> {
             let Some(last) = page.last() else { return Ok(()) };
             after.clone_from(&last.agent_id);
             done += i64::try_from(page.len()).unwrap_or(i64::MAX);
-            self.stage_leaves(page, fleet, result).await?;
-            self.enter(Phase::Prepare, done, total).await?;
+            self.stage_leaves(page, fleet, result, Some((done, total))).await?;
         }
     }
 
@@ -334,6 +343,7 @@ impl Run<'_> {
         page: Vec<FleetCell>,
         fleet: &Fleet,
         result: Option<&Expected>,
+        progress: Option<(i64, i64)>,
     ) -> Result<(), UpdateError> {
         let staged = change_leaves(
             page,
@@ -345,6 +355,9 @@ impl Run<'_> {
         .await?;
         let mut tx = self.updates.pki.store.write().await?;
         rows::stage(&mut tx, fleet.column, &self.run_id, &staged).await?;
+        if let Some((done, total)) = progress {
+            self.note(&mut tx, Phase::Prepare, done, total).await?;
+        }
         Ok(tx.commit_unaudited().await?)
     }
 
@@ -379,14 +392,40 @@ impl Run<'_> {
         rows::insert_images(&mut tx, &images).await?;
         tx.commit_unaudited().await?;
         for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
-            self.stage_leaves(page.to_vec(), fleet, result).await?;
+            self.stage_leaves(page.to_vec(), fleet, result, None).await?;
         }
         self.verify_staged().await
+    }
+
+    /// Who has moved since the run saw the fleet, asked outside the lock. Every write to the fleet moves the epoch, so
+    /// whoever finds the same epoch under the lock need not ask again.
+    async fn moved(&self) -> Result<Seen, UpdateError> {
+        let mut tx = self.updates.pki.store.read().await?;
+        let epoch = rows::epoch(&mut tx).await?;
+        let agent_ids = match self.migration.scope().fleet {
+            Some(column) => rows::moved(&mut tx, column, &self.run_id, MOVED_LEAVES_MAX).await?,
+            None => Vec::new(),
+        };
+        Ok(Seen { epoch, agent_ids })
+    }
+
+    /// The same for what a rollback carries back.
+    async fn moved_since(&self, apply_run: &str, carried: Option<&Carried>) -> Result<Seen, UpdateError> {
+        let mut tx = self.updates.pki.store.read().await?;
+        let epoch = rows::epoch(&mut tx).await?;
+        let agent_ids = match carried {
+            Some(Carried { column, .. }) => {
+                rows::carry_back_moved(&mut tx, *column, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?
+            }
+            None => Vec::new(),
+        };
+        Ok(Seen { epoch, agent_ids })
     }
 
     /// The one commit of an apply.
     async fn commit_apply(
         &self,
+        seen_epoch: i64,
         view: &View,
         cells: &[(Cell, After)],
         result: Option<&Expected>,
@@ -396,7 +435,7 @@ impl Run<'_> {
         let mut tx = pki.store.write().await?;
         let now = self.now();
         let column = self.migration.scope().fleet;
-        if let Some(column) = column {
+        if let Some(column) = column.filter(|_| tx.epoch() != seen_epoch) {
             let moved = rows::moved(&mut tx, column, &self.run_id, MOVED_LEAVES_MAX).await?;
             if !moved.is_empty() {
                 return Ok(Commit::Moved(moved));
@@ -516,6 +555,9 @@ impl Run<'_> {
         }
         let mut tx = pki.store.write().await?;
         rows::finish_run(&mut tx, &self.run_id, true, None, self.now()).await?;
+        if self.direction == Direction::Rollback {
+            rows::discard_images(&mut tx, &self.run_id).await?;
+        }
         tx.bump_epoch().await?;
         tx.commit(&[self.event(EventType::UpdateVerified, json!({ "direction": self.direction.as_str() }))])
             .await?;
@@ -564,20 +606,24 @@ impl Run<'_> {
         self.enter(Phase::Commit, 0, 0).await?;
         let mut outcome = None;
         for _round in 0..CATCH_UP_ROUNDS_MAX {
-            match self.commit_rollback(&snapshot.run_id, carried.as_ref()).await? {
-                Commit::Done(done) => {
-                    outcome = Some(done);
-                    break;
-                }
-                Commit::Moved(agent_ids) => {
-                    let Some(carried) = &carried else { continue };
-                    let mut present = Vec::new();
-                    for agent_id in &agent_ids {
-                        let mut tx = store.read().await?;
-                        present.extend(rows::fleet_cell(&mut tx, carried.column, agent_id).await?);
+            let seen = self.moved_since(&snapshot.run_id, carried.as_ref()).await?;
+            let mut moved = seen.agent_ids;
+            if moved.is_empty() {
+                match self.commit_rollback(seen.epoch, &snapshot.run_id, carried.as_ref()).await? {
+                    Commit::Done(done) => {
+                        outcome = Some(done);
+                        break;
                     }
-                    self.stage_carried(present, carried).await?;
+                    Commit::Moved(agent_ids) => moved = agent_ids,
                 }
+            }
+            if let Some(carried) = &carried {
+                let mut present = Vec::new();
+                for agent_id in &moved {
+                    let mut tx = store.read().await?;
+                    present.extend(rows::fleet_cell(&mut tx, carried.column, agent_id).await?);
+                }
+                self.stage_carried(present, carried).await?;
             }
         }
         let outcome = outcome.ok_or(UpdateError::CannotCatchUp)?;
@@ -605,7 +651,7 @@ impl Run<'_> {
     async fn drop_uncommitted(&self, apply_run: &str) -> Result<Outcome, UpdateError> {
         let mut tx = self.updates.pki.store.write().await?;
         let now = self.now();
-        rows::drop_images(&mut tx, apply_run).await?;
+        rows::discard_images(&mut tx, apply_run).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
         rows::finish_run(&mut tx, &self.run_id, true, None, now).await?;
@@ -702,13 +748,14 @@ impl Run<'_> {
     /// The one commit of a rollback.
     async fn commit_rollback(
         &self,
+        seen_epoch: i64,
         apply_run: &str,
         carried: Option<&Carried>,
     ) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
         let mut tx = pki.store.write().await?;
         let now = self.now();
-        if let Some(Carried { column, .. }) = carried {
+        if let Some(Carried { column, .. }) = carried.filter(|_| tx.epoch() != seen_epoch) {
             let moved =
                 rows::carry_back_moved(&mut tx, *column, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
             if !moved.is_empty() {
@@ -761,8 +808,7 @@ impl Run<'_> {
         }
         refill_facts(&mut tx, restored_root.as_ref(), pki).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
-        rows::drop_images(&mut tx, apply_run).await?;
-        rows::drop_images(&mut tx, &self.run_id).await?;
+        rows::discard_images(&mut tx, apply_run).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
         rows::set_committed(&mut tx, &self.run_id, false, now).await?;
         tx.bump_epoch().await?;
@@ -801,6 +847,12 @@ struct Fleet {
 struct Carried {
     column: FleetColumn,
     carry_back: Arc<dyn CarryBack>,
+}
+
+/// The agents that have moved, as of an epoch.
+struct Seen {
+    epoch: i64,
+    agent_ids: Vec<String>,
 }
 
 enum Commit {

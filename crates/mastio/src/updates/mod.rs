@@ -44,6 +44,9 @@ pub const PREDECESSOR: &str = "predecessor";
 /// A run without a sign of life for so long is taken over by another replica.
 const RUN_SILENCE_S_MAX: i64 = 60;
 
+/// Rows that a sweep removes in one transaction.
+const SWEEP_ROWS: i64 = 256;
+
 /// Which way a run goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
@@ -483,7 +486,7 @@ impl Updates {
         if refused {
             store::finish_run(&mut tx, run_id, true, Some(&error.to_string()), now).await?;
             // An apply is refused before it has staged anything; a rollback may have.
-            store::drop_images(&mut tx, run_id).await?;
+            store::discard_images(&mut tx, run_id).await?;
             return Ok(tx.commit_unaudited().await?);
         }
         let text = chain(error);
@@ -504,7 +507,7 @@ impl Updates {
             store::finish_run(&mut tx, run_id, true, Some(&text), now).await?;
             match direction {
                 Direction::Apply => store::set_failed(&mut tx, migration_id, &text).await?,
-                Direction::Rollback => store::drop_images(&mut tx, run_id).await?,
+                Direction::Rollback => store::discard_images(&mut tx, run_id).await?,
             }
         }
         tx.bump_epoch().await?;
@@ -557,6 +560,22 @@ impl Updates {
             return Ok(());
         }
         self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &UpdateError::Stopped).await
+    }
+
+    /// Removes what finished runs have given up, a few rows at a time, so that nobody waits for it.
+    pub async fn sweep(&self) -> Result<(), UpdateError> {
+        let runs = store::discarded_runs(&mut self.pki.store.read().await?).await?;
+        for run_id in runs {
+            loop {
+                let mut tx = self.pki.store.write().await?;
+                let dropped = store::drop_some_images(&mut tx, &run_id, SWEEP_ROWS).await?;
+                tx.commit_unaudited().await?;
+                if dropped == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// How many rows have each status.

@@ -265,10 +265,43 @@ pub async fn finish_run(
     .map(drop)
 }
 
-/// Forgets everything a run has staged.
-pub async fn drop_images(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreError> {
-    tx.execute("DELETE FROM update_images WHERE run_id = $1", values![run_id]).await?;
-    tx.execute("DELETE FROM update_run_certificates WHERE run_id = $1", values![run_id]).await.map(drop)
+/// Gives up what a finished run has staged or kept. [`drop_some_images`] removes it later, a few rows at a time:
+/// whoever holds the lock of the audit head must not delete a fleet.
+pub async fn discard_images(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE update_runs SET phase = 'discarded' WHERE run_id = $1", values![run_id])
+        .await
+        .map(drop)
+}
+
+/// Runs whose images are given up and not yet removed.
+pub async fn discarded_runs(tx: &mut impl Query) -> Result<Vec<String>, StoreError> {
+    tx.rows("SELECT run_id FROM update_runs WHERE phase = 'discarded' AND finished_at IS NOT NULL", &[])
+        .await?
+        .iter()
+        .map(|row| row.text(0))
+        .collect()
+}
+
+/// Removes up to `limit` images of a discarded run with their certificates; 0 when none is left, and the run says so.
+pub async fn drop_some_images(tx: &mut WriteTx, run_id: &str, limit: i64) -> Result<u64, StoreError> {
+    let images = tx
+        .execute(
+            "DELETE FROM update_images WHERE run_id = $1 AND (table_name, row_key, column_name) IN (\
+             SELECT table_name, row_key, column_name FROM update_images WHERE run_id = $1 LIMIT $2)",
+            values![run_id, limit],
+        )
+        .await?;
+    let certificates = tx
+        .execute(
+            "DELETE FROM update_run_certificates WHERE run_id = $1 AND agent_id IN (\
+             SELECT agent_id FROM update_run_certificates WHERE run_id = $1 LIMIT $2)",
+            values![run_id, limit],
+        )
+        .await?;
+    if images + certificates == 0 {
+        tx.execute("UPDATE update_runs SET phase = 'swept' WHERE run_id = $1", values![run_id]).await?;
+    }
+    Ok(images + certificates)
 }
 
 /// What `migration_state_backups.snapshot_json` says of a snapshot of ours: which run's images it is.
@@ -612,6 +645,12 @@ pub async fn duplicate_serial(tx: &mut impl Query, run_id: &str) -> Result<Optio
     row.map(|row| row.text(0)).transpose()
 }
 
+/// The epoch that this view of the database stands at.
+pub async fn epoch(tx: &mut impl Query) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT epoch FROM audit_head WHERE id = 1", &[]).await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
 /// The agents whose cells entered the scope, left it, or changed since the run saw them.
 pub async fn moved(
     tx: &mut impl Query,
@@ -891,7 +930,8 @@ pub async fn blocker(
              AND p.status = 'applied' JOIN update_images later ON later.run_id = r.run_id AND later.changes = 1 \
              JOIN update_images mine ON mine.run_id = $1 AND mine.changes = 1 AND mine.table_name = later.table_name \
              AND mine.row_key = later.row_key AND mine.column_name = later.column_name \
-             WHERE r.direction = 'apply' AND r.run_id > $1 AND r.committed_at IS NOT NULL AND r.migration_id <> $2 LIMIT 1",
+             WHERE r.direction = 'apply' AND r.run_id > $1 AND r.committed_at IS NOT NULL \
+             AND r.phase NOT IN ('discarded', 'swept') AND r.migration_id <> $2 LIMIT 1",
             values![run_id, migration_id],
         )
         .await?;

@@ -92,11 +92,12 @@ impl End {
             images: deploy.rows(
                 "SELECT i.table_name, i.column_name, i.changes, COUNT(*) AS n FROM update_images i \
                  JOIN update_runs r ON r.run_id = i.run_id WHERE r.committed_at IS NOT NULL \
+                 AND r.phase NOT IN ('discarded', 'swept') \
                  GROUP BY i.table_name, i.column_name, i.changes ORDER BY 1, 2, 3",
             ),
             staged: deploy.count(
                 "SELECT COUNT(*) FROM update_run_certificates c JOIN update_runs r ON r.run_id = c.run_id \
-                 WHERE r.committed_at IS NOT NULL",
+                 WHERE r.committed_at IS NOT NULL AND r.phase NOT IN ('discarded', 'swept')",
             ),
             superseded_all: i64::try_from(superseded.len()).unwrap(),
             superseded: superseded.into_iter().filter(|fingerprint| known.contains(fingerprint)).collect(),
