@@ -24,14 +24,14 @@ use super::migration::{
 use super::store::{self as rows, FleetCell, StagedLeaf};
 use super::verify;
 use super::view::View;
-use super::{Direction, Phase, Progress, Updates};
+use super::{Direction, Phase, Progress, Updates, rehearsal};
 use crate::entropy::Entropy;
 use crate::pki::store::{self as pki_rows, CertificateFacts, config_key, hex};
-use crate::store::WriteTx;
+use crate::store::{Query, WriteTx};
 use crate::values;
 
 /// Leaves that are read, signed, verified and staged together; bounds memory whatever the fleet's size.
-const BATCH_LEAVES: i64 = 1024;
+pub(super) const BATCH_LEAVES: i64 = 1024;
 /// How often a run follows a fleet that moves under it before it gives up.
 const CATCH_UP_ROUNDS_MAX: usize = 8;
 /// Leaves that may be prepared again while the commit's lock is held; more go back to *prepare*.
@@ -46,52 +46,6 @@ pub struct Outcome {
     pub leaves: i64,
 }
 
-/// What a plan found: the change set, computed for real, verified and dropped.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct Plan {
-    /// The migration.
-    pub migration_id: String,
-    /// What the check said, where it said more than the description.
-    pub note: Option<String>,
-    /// Single cells that change.
-    pub cells: Vec<String>,
-    /// Leaves that change.
-    pub leaves: i64,
-    /// Agents that are deliberately left alone, by enrollment type.
-    pub not_covered: serde_json::Value,
-    /// The Org CA before and after.
-    pub org_ca: [CertificateSummary; 2],
-    /// A few leaves before and after.
-    pub samples: Vec<[CertificateSummary; 2]>,
-}
-
-/// The fields of a certificate that an operator compares.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct CertificateSummary {
-    /// Subject.
-    pub subject: String,
-    /// Issuer.
-    pub issuer: String,
-    /// SHA-256 of the public key, lowercase hex.
-    pub spki_sha256: String,
-    /// End of validity.
-    pub not_after: String,
-    /// `pathLen`, where it is a CA.
-    pub path_len: Option<u32>,
-}
-
-impl CertificateSummary {
-    fn of(certificate: &Certificate) -> Self {
-        Self {
-            subject: certificate.subject_display(),
-            issuer: certificate.issuer_display(),
-            spki_sha256: certificate.spki_sha256(),
-            not_after: certificate.not_after().to_rfc3339(),
-            path_len: certificate.basic_constraints().and_then(|constraints| constraints.path_len),
-        }
-    }
-}
-
 /// One run of one migration in one direction.
 pub(super) struct Run<'a> {
     pub updates: &'a Updates,
@@ -99,6 +53,8 @@ pub(super) struct Run<'a> {
     pub run_id: String,
     pub actor: String,
     pub direction: Direction,
+    /// Digest of the images before that the operator's plan was made of; the run may change nothing else.
+    pub planned: Option<String>,
 }
 
 impl Run<'_> {
@@ -140,10 +96,13 @@ impl Run<'_> {
         crash_point("apply.detect");
         let total = self.snapshot(&view).await?;
         crash_point("apply.snapshot");
+        if let Some(planned) = &self.planned {
+            rehearsal::hold(self.updates, self.migration, &self.run_id, planned).await?;
+        }
 
         self.enter(Phase::Prepare, 0, total).await?;
         let view = Arc::new(view);
-        let change_set = self.change_set(Arc::clone(&view)).await?;
+        let change_set = prepare(self.updates, self.migration, Arc::clone(&view)).await?;
         let ChangeSet { cells, fleet, result } = change_set;
         verify::authority(&result, self.now())?;
         tracing::info!(migration_id = self.id(), "update_keys_ready");
@@ -166,6 +125,7 @@ impl Run<'_> {
                     outcome = Some(done);
                     break;
                 }
+                Commit::Moved(_) if self.planned.is_some() => return Err(UpdateError::MovedSincePlan),
                 Commit::Moved(agent_ids) => self.follow(&agent_ids, fleet.as_ref(), &result).await?,
             }
         }
@@ -275,19 +235,6 @@ impl Run<'_> {
             .await?;
         }
         Ok(())
-    }
-
-    async fn change_set(&self, view: Arc<View>) -> Result<ChangeSet, UpdateError> {
-        let migration = self.migration;
-        let entropy = Arc::clone(&self.updates.pki.entropy);
-        let now = self.now();
-        // A panic in a migration ends its task; the run fails with a clear state instead of taking the server down.
-        tokio::task::spawn_blocking(move || {
-            let permit = ExemptPermit::for_run();
-            migration.prepare(&view, &Tools { permit: &permit, entropy: &entropy, now })
-        })
-        .await
-        .map_err(|_| UpdateError::Stopped)?
     }
 
     async fn stage_cells(&self, cells: &[(Cell, After)]) -> Result<(), UpdateError> {
@@ -449,9 +396,9 @@ impl Run<'_> {
     }
 
     /// Whether a cell reads as the apply wrote it. What a torn run of the predecessor wrote has no image after.
-    async fn still_as_written(
+    pub async fn still_as_written(
         &self,
-        tx: &mut WriteTx,
+        tx: &mut impl Query,
         apply_run: &str,
         cell: &Cell,
         image: &rows::Image,
@@ -537,7 +484,7 @@ impl Run<'_> {
         if torn {
             self.take_torn_as_committed(&snapshot.run_id).await?;
         }
-        let restored = self.restored_authority(&snapshot.run_id).await?;
+        let restored = self.restored_authority(&snapshot.run_id, false).await?;
         let carry_back: Arc<dyn CarryBack> = Arc::from(self.migration.carry_back(restored));
         self.enter(Phase::Prepare, 0, 0).await?;
         let mut after = String::new();
@@ -617,7 +564,13 @@ impl Run<'_> {
         Ok(tx.commit_unaudited().await?)
     }
 
-    async fn restored_authority(&self, apply_run: &str) -> Result<RestoredAuthority, UpdateError> {
+    /// The CA as a rollback restores it. `whole`: every image counts, not only those of cells that changed.
+    pub async fn restored_authority(
+        &self,
+        apply_run: &str,
+        whole: bool,
+    ) -> Result<RestoredAuthority, UpdateError> {
+        let counts = |image: &rows::Image| whole || image.changes;
         let pki = &self.updates.pki;
         let authority = pki.authority();
         let mut tx = pki.store.read().await?;
@@ -627,11 +580,11 @@ impl Run<'_> {
         };
         let cert = Cell::config(config_key::ORG_CA_CERT);
         let key = Cell::config_key(config_key::ORG_CA_KEY);
-        let org_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(|image| image.changes) {
+        let org_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(counts) {
             Some(image) => Certificate::from_pem(image.restored().ok_or_else(|| damaged(cert.row_key))?)?,
             None => authority.org_ca.clone(),
         };
-        let org_ca_key = match rows::image(&mut tx, apply_run, &key).await?.filter(|image| image.changes) {
+        let org_ca_key = match rows::image(&mut tx, apply_run, &key).await?.filter(counts) {
             Some(image) => {
                 let side = if image.restore.is_some() { "restore" } else { "before" };
                 let sealed = image.restored().ok_or_else(|| damaged(key.row_key))?;
@@ -644,11 +597,11 @@ impl Run<'_> {
         }
         let cert = Cell::config(config_key::MASTIO_CA_CERT);
         let key = Cell::config_key(config_key::MASTIO_CA_KEY);
-        let mastio_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(|image| image.changes) {
+        let mastio_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(counts) {
             Some(image) => image.restored().map(|pem| Certificate::from_pem(pem)).transpose()?,
             None => authority.mastio_ca.clone(),
         };
-        let made_by_apply = rows::image(&mut tx, apply_run, &key).await?.is_some_and(|image| image.changes);
+        let made_by_apply = rows::image(&mut tx, apply_run, &key).await?.is_some_and(|image| counts(&image));
         let mastio_ca_key = if made_by_apply { None } else { authority.mastio_ca_key.clone() };
         Ok(RestoredAuthority { org_ca, org_ca_key, mastio_ca, mastio_ca_key })
     }
@@ -664,15 +617,7 @@ impl Run<'_> {
             .map(|cell| rows::fleet_image(&self.run_id, &cell.agent_id, &cell.cert_pem, None))
             .collect();
         rows::insert_images(&mut tx, &images).await?;
-        let permit = ExemptPermit::for_run();
-        let entropy = &self.updates.pki.entropy;
-        let mut staged = Vec::new();
-        for cell in page {
-            let row = fleet_row(&cell)?;
-            if let Some(after) = carry_back.carry_back(&row, &permit, entropy)? {
-                staged.push(staged_leaf(&row, after, None));
-            }
-        }
+        let staged = carry_leaves(&page, carry_back.as_ref(), &self.updates.pki.entropy)?;
         rows::stage(&mut tx, &self.run_id, &staged).await?;
         Ok(tx.commit_unaudited().await?)
     }
@@ -814,8 +759,41 @@ fn staged_leaf(row: &FleetRow, after: FleetAfter, issuer: Option<&Certificate>) 
     StagedLeaf { agent_id: row.agent_id.clone(), cert_pem: after.cert_pem, facts, old }
 }
 
+/// Has the migration say what changes, off the executor's threads.
+pub(super) async fn prepare(
+    updates: &Updates,
+    migration: &'static dyn Migration,
+    view: Arc<View>,
+) -> Result<ChangeSet, UpdateError> {
+    let (entropy, now) = (Arc::clone(&updates.pki.entropy), updates.pki.clock.now().seconds());
+    // A panic in a migration ends its task; the run fails with a clear state instead of taking the server down.
+    tokio::task::spawn_blocking(move || {
+        let permit = ExemptPermit::for_run();
+        migration.prepare(&view, &Tools { permit: &permit, entropy: &entropy, now })
+    })
+    .await
+    .map_err(|_| UpdateError::Stopped)?
+}
+
+/// What leaves that arose or changed since an apply become under what its rollback restores.
+pub(super) fn carry_leaves(
+    page: &[FleetCell],
+    carry_back: &dyn CarryBack,
+    entropy: &Entropy,
+) -> Result<Vec<StagedLeaf>, UpdateError> {
+    let permit = ExemptPermit::for_run();
+    let mut staged = Vec::new();
+    for cell in page {
+        let row = fleet_row(cell)?;
+        if let Some(after) = carry_back.carry_back(&row, &permit, entropy)? {
+            staged.push(staged_leaf(&row, after, None));
+        }
+    }
+    Ok(staged)
+}
+
 /// Changes and verifies leaves on all cores, off the executor's threads.
-async fn change_leaves(
+pub(super) async fn change_leaves(
     page: Vec<FleetCell>,
     fleet: Arc<dyn FleetChange>,
     result: Expected,
@@ -847,68 +825,4 @@ async fn change_leaves(
     })
     .await
     .map_err(|_| UpdateError::Stopped)?
-}
-
-/// Computes a migration's change set with keys that are thrown away, verifies it, and drops it.
-pub(super) async fn plan(updates: &Updates, migration: &'static dyn Migration) -> Result<Plan, UpdateError> {
-    let declaration = migration.declaration();
-    let view = Arc::new(view(updates, declaration.migration_id).await?);
-    let note = match migration.check(&view) {
-        Need::Needed { note } => note,
-        Need::NotNeeded => return Err(UpdateError::NotNeeded),
-        Need::Impossible(refusal) | Need::Refused(refusal) => return Err(UpdateError::Refused(refusal)),
-    };
-    let pki = &updates.pki;
-    let now = pki.clock.now().seconds();
-    let (for_task, entropy) = (Arc::clone(&view), Arc::clone(&pki.entropy));
-    let change_set = tokio::task::spawn_blocking(move || {
-        let permit = ExemptPermit::for_run();
-        migration.prepare(&for_task, &Tools { permit: &permit, entropy: &entropy, now })
-    })
-    .await
-    .map_err(|_| UpdateError::Stopped)??;
-    verify::authority(&change_set.result, now)?;
-    let mut leaves = 0;
-    let mut samples = Vec::new();
-    if let Some(fleet) = change_set.fleet {
-        let fleet: Arc<dyn FleetChange> = Arc::from(fleet);
-        let mut after = String::new();
-        loop {
-            let page = rows::fleet_page(&mut pki.store.read().await?, &after, BATCH_LEAVES).await?;
-            let Some(last) = page.last() else { break };
-            after.clone_from(&last.agent_id);
-            let before: Vec<_> = page.iter().take(3).cloned().collect();
-            let staged = change_leaves(
-                page,
-                Arc::clone(&fleet),
-                change_set.result.clone(),
-                Arc::clone(&pki.entropy),
-                now,
-            )
-            .await?;
-            leaves += i64::try_from(staged.len()).unwrap_or(i64::MAX);
-            for cell in before.iter().take(3_usize.saturating_sub(samples.len())) {
-                if let Some(after) = staged.iter().find(|leaf| leaf.agent_id == cell.agent_id) {
-                    samples.push([
-                        CertificateSummary::of(&Certificate::from_pem(&cell.cert_pem)?),
-                        CertificateSummary::of(&Certificate::from_pem(&after.cert_pem)?),
-                    ]);
-                }
-            }
-        }
-    }
-    let mut tx = pki.store.read().await?;
-    let not_covered = super::view::not_covered(&mut tx, declaration.affects_enrollments).await?;
-    Ok(Plan {
-        migration_id: declaration.migration_id.to_owned(),
-        note,
-        cells: change_set.cells.iter().map(|(cell, _)| cell.place()).collect(),
-        leaves,
-        not_covered: super::not_covered_json(&not_covered),
-        org_ca: [
-            CertificateSummary::of(&view.authority.org_ca),
-            CertificateSummary::of(&change_set.result.org_ca),
-        ],
-        samples,
-    })
 }

@@ -2,13 +2,17 @@
 //!
 //! [`fixtures`] walks every database that the predecessor left; [`chains`] has verifiers that share no code with us
 //! judge what an apply made; [`crashes`] kills the process at every phase; [`fence`] engages the halt under load;
-//! [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left in its database.
+//! [`refusals`] asks wrongly; [`rehearsal`] plans and holds runs to plans; [`progress`] watches them; [`doctor`] has
+//! what was left explained. [`server`] starts the binary, [`state`] reads what it left in its database.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod chains;
 mod crashes;
+mod doctor;
 mod fence;
 mod fixtures;
+mod progress;
 mod refusals;
+mod rehearsal;
 mod server;
 mod state;
