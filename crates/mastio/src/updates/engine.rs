@@ -256,7 +256,9 @@ impl Run<'_> {
         result: &Expected,
         total: i64,
     ) -> Result<(), UpdateError> {
-        let (mut after, mut done) = (String::new(), 0);
+        // The cells are staged already; the total counts them too.
+        let cells = self.migration.scope().cells.len();
+        let (mut after, mut done) = (String::new(), i64::try_from(cells).unwrap_or(0));
         loop {
             let store = &self.updates.pki.store;
             let page = rows::image_page(&mut store.read().await?, &self.run_id, &after, BATCH_LEAVES).await?;

@@ -8,6 +8,7 @@
 //! has seen: [`compare`] before it begins, [`hold`] once its own snapshot stands.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZero;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -293,7 +294,6 @@ impl Rehearsal {
     ///
     /// Errors: those of the verification, and [`UpdateError::Stopped`] when the listener has gone.
     pub async fn walk(mut self, lines: Option<mpsc::Sender<Value>>) -> Result<Rehearsed, UpdateError> {
-        let began = Instant::now();
         let mut tally = Tally::new(lines);
         let declaration = self.migration.declaration();
         let (direction, present, org_ca, carry_back, snapshot) = match self.way {
@@ -324,8 +324,6 @@ impl Rehearsal {
                 (Direction::Rollback, present, org_ca, Some(tally.carried), Some(taken.clone()))
             }
         };
-        // Waiting for a slow reader of the full list says nothing about a run.
-        let fleet_took = began.elapsed().saturating_sub(tally.waited);
         let mut tx = self.updates.pki.store.read().await?;
         let not_covered = super::view::not_covered(&mut tx, declaration.affects_enrollments).await?;
         let halt = halt::read(&mut tx).await?;
@@ -360,7 +358,7 @@ impl Rehearsal {
                 before: details(&|_| true),
                 after: details(&|reason| reason.migration_id() != Some(declaration.migration_id)),
             },
-            estimate: estimate(self.took, fleet_took, walked),
+            estimate: estimate(self.took, tally.computed, walked),
         };
         self.updates.rehearsals.remember(plan_digest, tally.lines);
         Ok(Rehearsed { plan, before })
@@ -459,6 +457,7 @@ async fn walk_fleet(
 ) -> Result<(), UpdateError> {
     let (pki, mut after) = (&updates.pki, String::new());
     loop {
+        let began = Instant::now();
         let page = rows::fleet_page(&mut pki.store.read().await?, &after, BATCH_LEAVES).await?;
         let Some(last) = page.last() else { return Ok(()) };
         after.clone_from(&last.agent_id);
@@ -470,6 +469,7 @@ async fn walk_fleet(
             }
             None => Vec::new(),
         };
+        let computed = began.elapsed();
         let mut staged = staged.into_iter().peekable();
         let pairs = page
             .into_iter()
@@ -478,7 +478,7 @@ async fn walk_fleet(
                 Pair { cell, after, carried: false }
             })
             .collect();
-        tally.leaves(pairs).await?;
+        tally.leaves(pairs, computed).await?;
     }
 }
 
@@ -513,6 +513,7 @@ async fn walk_restored_fleet(
 ) -> Result<(), UpdateError> {
     let (pki, mut after) = (&updates.pki, String::new());
     loop {
+        let began = Instant::now();
         let mut tx = pki.store.read().await?;
         let page = rows::rollback_page(&mut tx, apply_run, whole, &after, BATCH_ROLLBACK_LEAVES).await?;
         drop(tx);
@@ -541,7 +542,7 @@ async fn walk_restored_fleet(
         })
         .await
         .map_err(|_| UpdateError::Stopped)??;
-        tally.leaves(pairs).await?;
+        tally.leaves(pairs, began.elapsed()).await?;
     }
 }
 
@@ -594,30 +595,53 @@ impl Pair {
     }
 }
 
-/// The fields of a certificate that a run intends, as one text: without what each run draws or signs anew.
+/// The lines of a page, read and hashed on all cores.
+fn lines(pairs: Vec<Pair>, show: bool) -> Result<Vec<Line>, UpdateError> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let size = pairs.len().div_ceil(cores).max(1);
+    let mut pairs = pairs.into_iter();
+    std::thread::scope(|scope| {
+        let mut workers = Vec::with_capacity(cores);
+        loop {
+            let part: Vec<Pair> = pairs.by_ref().take(size).collect();
+            if part.is_empty() {
+                break;
+            }
+            workers.push(
+                scope.spawn(move || part.into_iter().map(|pair| pair.line(show)).collect::<Vec<Line>>()),
+            );
+        }
+        let mut lines = Vec::new();
+        for worker in workers {
+            lines.extend(worker.join().map_err(|_| UpdateError::Stopped)?);
+        }
+        Ok(lines)
+    })
+}
+
+/// Digest of the fields that a run intends of a certificate: without what each run draws or signs anew.
 ///
 /// Validity counts where it is inherited; where it begins or ends with the run, the present time would be in it.
 fn intended_fields(before: Option<&Certificate>, after: &Certificate) -> String {
     let same_key = before.is_some_and(|before| before.spki_der() == after.spki_der());
-    let mut fields = vec![
-        hex(after.subject_der()),
-        hex(after.issuer_name_der()),
-        if same_key { "key kept".to_owned() } else { format!("new key {:?}", after.key_algorithm()) },
-    ];
-    for (name, was, is) in [
-        ("from", before.map(Certificate::not_before_der), after.not_before_der()),
-        ("until", before.map(Certificate::not_after_der), after.not_after_der()),
+    let mut fields = Context::new(&SHA256);
+    add(&mut fields, &[after.subject_der(), after.issuer_name_der()]);
+    let new_key = format!("{:?}", after.key_algorithm());
+    add(&mut fields, &[if same_key { b"kept" } else { new_key.as_bytes() }]);
+    for (was, is) in [
+        (before.map(Certificate::not_before_der), after.not_before_der()),
+        (before.map(Certificate::not_after_der), after.not_after_der()),
     ] {
-        let inherited = was == Some(is);
-        fields.push(if inherited { format!("{name} {}", hex(is)) } else { format!("{name} the run") });
+        add(&mut fields, &[if was == Some(is) { is } else { b"of the run" }]);
     }
     for extension in after.extensions() {
         let drawn = extension.oid() == AUTHORITY_KEY_IDENTIFIER
             || (extension.oid() == SUBJECT_KEY_IDENTIFIER && !same_key);
-        let value = if drawn { "of the run".to_owned() } else { hex(extension.value()) };
-        fields.push(format!("{} {} {value}", extension.oid(), extension.critical()));
+        let value: &[u8] = if drawn { b"of the run" } else { extension.value() };
+        let critical: &[u8] = if extension.critical() { b"critical" } else { b"" };
+        add(&mut fields, &[extension.oid().as_bytes(), critical, value]);
     }
-    fields.join("\n")
+    finish(fields)
 }
 
 /// What a cell holds, for people. A private key is never shown.
@@ -635,7 +659,8 @@ fn shown_cell(cell: &Cell, text: Option<&str>) -> Value {
 /// What a walk adds up.
 struct Tally {
     out: Option<mpsc::Sender<Value>>,
-    waited: Duration,
+    /// What a run would take too: without the telling, and without waiting for a slow reader.
+    computed: Duration,
     before: Context,
     intended: Context,
     lines: Lines,
@@ -649,7 +674,7 @@ impl Tally {
     fn new(out: Option<mpsc::Sender<Value>>) -> Self {
         Self {
             out,
-            waited: Duration::ZERO,
+            computed: Duration::ZERO,
             before: Context::new(&SHA256),
             intended: Context::new(&SHA256),
             lines: Lines::default(),
@@ -694,23 +719,13 @@ impl Tally {
         Ok(())
     }
 
-    /// Takes a page of leaves.
-    async fn leaves(&mut self, pairs: Vec<Pair>) -> Result<(), UpdateError> {
-        let (full, samples) = (self.out.is_some(), self.samples.len());
-        // Parsing and hashing a page is too much for the executor's threads.
-        let lines = tokio::task::spawn_blocking(move || {
-            let mut shown = samples;
-            pairs
-                .into_iter()
-                .map(|pair| {
-                    let line = pair.line(full || shown < SAMPLES_MAX);
-                    shown += usize::from(line.shown.is_some());
-                    line
-                })
-                .collect::<Vec<_>>()
-        })
-        .await
-        .map_err(|_| UpdateError::Stopped)?;
+    /// Takes a page of leaves, which took `computed` to compute.
+    async fn leaves(&mut self, pairs: Vec<Pair>, computed: Duration) -> Result<(), UpdateError> {
+        self.computed += computed;
+        let show = self.out.is_some() || self.samples.len() < SAMPLES_MAX;
+        let lines = tokio::task::spawn_blocking(move || lines(pairs, show))
+            .await
+            .map_err(|_| UpdateError::Stopped)??;
         for line in lines {
             self.leaf(line).await?;
         }
@@ -742,20 +757,19 @@ impl Tally {
         Ok(())
     }
 
-    async fn send(&mut self, line: impl FnOnce() -> Value) -> Result<(), UpdateError> {
-        let Some(out) = &self.out else { return Ok(()) };
-        let began = Instant::now();
-        let sent = out.send(line()).await;
-        self.waited += began.elapsed();
-        sent.map_err(|_| UpdateError::Stopped)
+    async fn send(&self, line: impl FnOnce() -> Value) -> Result<(), UpdateError> {
+        match &self.out {
+            Some(out) => out.send(line()).await.map_err(|_| UpdateError::Stopped),
+            None => Ok(()),
+        }
     }
 }
 
-fn add(context: &mut Context, parts: &[&str]) {
-    for part in parts {
+fn add<T: AsRef<[u8]>>(context: &mut Context, parts: &[T]) {
+    for part in parts.iter().map(AsRef::as_ref) {
         // Lengths in front: no two lists of parts give the same bytes.
         context.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
-        context.update(part.as_bytes());
+        context.update(part);
     }
 }
 

@@ -322,6 +322,24 @@ fn the_rollback_of_a_torn_apply_is_planned_as_the_snapshot_in_the_file_says() {
 }
 
 #[test]
+fn the_rollback_of_an_attempt_that_never_committed_restores_nothing() {
+    let deploy = Deploy::of(MIXED);
+    let server = deploy.start_to_crash_at("apply.prepare");
+    assert_eq!(server.apply().status, 0);
+    server.dies();
+    let server = deploy.start();
+    let before = untouched(&deploy);
+    let told = plan(&server, "rollback-plan");
+    assert_eq!(told["snapshot"]["committed"], false, "{told}");
+    assert_eq!((&told["leaves"], &told["carry_back"], &told["changes"]), (&json!(0), &json!(0), &json!([])));
+    assert_eq!(told["org_ca"][0], told["org_ca"][1]);
+    assert_eq!(untouched(&deploy), before);
+    assert_eq!(change_as_planned(&server, "rollback", &told).status, 200);
+    assert_eq!(PkiState::read(&deploy), before.0);
+    assert_eq!(status(&deploy).as_deref(), Some("rolled_back"));
+}
+
+#[test]
 fn a_rollback_is_refused_while_a_later_update_stands_on_this_one() {
     for deploy in both("chain5") {
         let server = deploy.start();
