@@ -212,13 +212,15 @@ pub struct Running {
     pki: Arc<Pki>,
     stopping: Arc<AtomicBool>,
     // Held until the process has drained: another one must not open the data directory before.
-    _deploy: Deploy,
+    deploy: Deploy,
 }
 
 impl Running {
     /// Drains: accepted requests finish, their events are durable, then everything is closed.
     pub async fn stop(self) {
         self.stopping.store(true, Ordering::SeqCst);
+        // Those who watch a run would keep their connections open for good.
+        self.deploy.updates.close();
         self.stop.send_replace(true);
         for job in self.jobs {
             job.abort();
@@ -306,7 +308,7 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
     let jobs = jobs(&pki, &updates, &tls);
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
-    Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, _deploy: deploy })
+    Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, deploy })
 }
 
 /// Timed work. Each job that fails says so and tries again at its next turn.

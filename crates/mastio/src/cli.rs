@@ -12,7 +12,8 @@ use std::error::Error as StdError;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -25,10 +26,12 @@ use crate::config::{self, AdminSecret, Config, ConfigError, Flags, Origin, Resol
 use crate::entropy::Entropy;
 use crate::http::error::{Problem, chain};
 use crate::store::DatabaseUrl;
+pub(crate) use crate::updates::Direction;
+use crate::updates::order;
 use remote::Remote;
 
-/// How often a running apply is asked where it is.
-const PROGRESS_PERIOD: Duration = Duration::from_millis(150);
+/// Between two lines about a run where there is no terminal to draw a bar on.
+const PROGRESS_LINE_PERIOD: Duration = Duration::from_secs(1);
 
 /// What a command without a server logs: the halt and the rows that opening the deploy finds are its answer anyway.
 const IN_PROCESS_LOG: &str = "warn,mastio::updates::halt=off,mastio::updates::detector=off";
@@ -102,28 +105,55 @@ enum UpdatesCommand {
     Plan {
         /// The migration id.
         id: String,
+        /// What a rollback would restore instead.
+        #[arg(long)]
+        rollback: bool,
+        /// Every single change, one a line as they are computed (with --json a JSON value a line), the plan last.
+        #[arg(long)]
+        full: bool,
         #[command(flatten)]
         target: Target,
     },
-    /// Apply an update.
+    /// Apply an update, or with --all every one that waits.
     Apply {
+        /// Apply everything that waits, in order; stop at the first that fails.
+        #[arg(long, conflicts_with_all = ["id", "plan_digest"])]
+        all: bool,
+        /// The migration id.
+        #[arg(required_unless_present = "all")]
+        id: Option<String>,
         #[command(flatten)]
         change: Change,
     },
     /// Roll an update back to its snapshot.
     Rollback {
+        /// The migration id.
+        id: String,
         #[command(flatten)]
         change: Change,
+    },
+    /// Explain what is found of updates, runs, snapshots and the halt, and what to do next; change nothing.
+    ///
+    /// Exit code 0 when all is well, 1 when something needs you.
+    Doctor {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// List the snapshots that rollbacks go back to, and whether they verify.
+    Snapshots {
+        #[command(flatten)]
+        target: Target,
     },
 }
 
 #[derive(Debug, Args)]
 struct Change {
-    /// The migration id.
-    id: String,
     /// Do not ask.
     #[arg(long, short)]
     yes: bool,
+    /// Only if the plan is still the one with this digest; see `plan`.
+    #[arg(long, value_name = "DIGEST")]
+    plan_digest: Option<String>,
     #[command(flatten)]
     target: Target,
 }
@@ -226,6 +256,17 @@ impl Failure {
     /// A failure and its cause.
     pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Failed { what: what.into(), cause: Some(cause.into()) }
+    }
+
+    /// The same, told of one of several things.
+    fn at(self, subject: &str) -> Self {
+        match self {
+            Self::Usage(text) => Self::Usage(format!("{subject}: {text}")),
+            Self::Refused(text) => Self::Refused(format!("{subject}: {text}")),
+            Self::Halted(text) => Self::Halted(format!("{subject}: {text}")),
+            Self::Failed { what, cause } => Self::Failed { what: format!("{subject}: {what}"), cause },
+            config @ Self::Config(_) => config,
+        }
     }
 
     /// A capability's own error, by its kind.
@@ -400,16 +441,59 @@ async fn updates(command: UpdatesCommand) -> Result<(), Failure> {
             let list = list_updates(&way(&target)?, status.as_deref()).await?;
             show(&target, &list, table::updates)
         }
-        UpdatesCommand::Plan { id, target } => {
+        UpdatesCommand::Plan { id, rollback, full, target } => {
+            let direction = if rollback { Direction::Rollback } else { Direction::Apply };
+            if full {
+                return full_plan(direction, &id, &target).await;
+            }
             let plan = match way(&target)? {
-                Way::Server(remote) => remote.plan_update(&id).await?,
-                Way::InProcess(config) => local::plan_update(&config, &id).await?,
+                Way::Server(remote) => remote.plan_update(direction, &id).await?,
+                Way::InProcess(config) => local::plan_update(&config, direction, &id).await?,
             };
             show(&target, &plan, table::plan)
         }
-        UpdatesCommand::Apply { change } => change_update(Direction::Apply, &change).await,
-        UpdatesCommand::Rollback { change } => change_update(Direction::Rollback, &change).await,
+        UpdatesCommand::Apply { all: false, id, change } => {
+            change_update(Direction::Apply, &id.unwrap_or_default(), &change).await
+        }
+        UpdatesCommand::Apply { all: true, id: _, change } => apply_all(&change).await,
+        UpdatesCommand::Rollback { id, change } => change_update(Direction::Rollback, &id, &change).await,
+        UpdatesCommand::Doctor { target } => {
+            let report = match way(&target)? {
+                Way::Server(remote) => remote.ask_doctor().await?,
+                Way::InProcess(config) => local::ask_doctor(&config).await?,
+            };
+            show(&target, &report, table::doctor)?;
+            if report["healthy"] == true {
+                return Ok(());
+            }
+            Err(Failure::failed("something needs you; each finding names the next step"))
+        }
+        UpdatesCommand::Snapshots { target } => {
+            let list = match way(&target)? {
+                Way::Server(remote) => remote.list_snapshots().await?,
+                Way::InProcess(config) => local::list_snapshots(&config).await?,
+            };
+            show(&target, &list, table::snapshots)
+        }
     }
+}
+
+/// Prints each change as it is computed, so that a fleet of any size goes through.
+async fn full_plan(direction: Direction, id: &str, target: &Target) -> Result<(), Failure> {
+    let mut ended = Err(Failure::failed("the plan broke off before its end: nothing was changed"));
+    let mut told = |line: Value| {
+        match line["kind"].as_str() {
+            Some("error") => ended = Err(Failure::failed(remote::detail(&line))),
+            Some("plan") => ended = Ok(()),
+            _ => {}
+        }
+        print(&if target.json { line.to_string() } else { table::change(&line) })
+    };
+    match way(target)? {
+        Way::Server(remote) => remote.full_plan(direction, id, &mut told).await?,
+        Way::InProcess(config) => local::full_plan(&config, direction, id, &mut told).await?,
+    }
+    ended
 }
 
 async fn list_updates(way: &Way, status: Option<&str>) -> Result<Value, Failure> {
@@ -419,47 +503,112 @@ async fn list_updates(way: &Way, status: Option<&str>) -> Result<Value, Failure>
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
-    Apply,
-    Rollback,
-}
-
-impl Direction {
-    pub(crate) fn verb(self) -> &'static str {
-        match self {
-            Self::Apply => "apply",
-            Self::Rollback => "rollback",
-        }
-    }
-}
-
-async fn change_update(direction: Direction, change: &Change) -> Result<(), Failure> {
+async fn change_update(direction: Direction, id: &str, change: &Change) -> Result<(), Failure> {
     let way = way(&change.target)?;
     if !change.yes {
         terminal(direction)?;
         let list = list_updates(&way, None).await?;
-        confirm(direction, &change.id, &list)?;
+        confirm(direction, &[id], &list)?;
     }
-    let bar = Progress::new(direction.verb(), change.target.json);
-    let done = match &way {
-        Way::Server(remote) => {
-            // The server's own run goes on whatever becomes of this watcher.
-            let run = remote.change_update(direction, &change.id);
-            tokio::pin!(run);
-            loop {
-                tokio::select! {
-                    done = &mut run => break done,
-                    () = tokio::time::sleep(PROGRESS_PERIOD) => bar.show(remote.progress(&change.id).await.as_ref()),
+    let done = run_change(&way, direction, id, change).await?;
+    show(&change.target, &done, table::done)
+}
+
+/// Applies everything that waits. The list is read anew before each: an apply may have settled the next one too.
+async fn apply_all(change: &Change) -> Result<(), Failure> {
+    let way = way(&change.target)?;
+    let list = list_updates(&way, None).await?;
+    let waiting = in_order(&list);
+    if waiting.is_empty() {
+        return show(&change.target, &json!([]), table::updates);
+    }
+    if !change.yes {
+        terminal(Direction::Apply)?;
+        confirm(Direction::Apply, &waiting.iter().map(String::as_str).collect::<Vec<_>>(), &list)?;
+    }
+    let mut done = Vec::new();
+    let mut ended = Ok(());
+    // Each turn ends one of those that waited, so there are no more turns than rows.
+    for _turn in 0..waiting.len() {
+        let list = list_updates(&way, None).await?;
+        let Some(next) = in_order(&list).into_iter().next() else { break };
+        match run_change(&way, Direction::Apply, &next, change).await {
+            Ok(applied) => {
+                if !change.target.json {
+                    print(&table::done(&applied))?;
                 }
+                done.push(applied);
+            }
+            Err(failure) => {
+                ended = Err(failure.at(&next));
+                break;
             }
         }
+    }
+    if change.target.json {
+        print(&pretty(&Value::Array(done)))?;
+    }
+    ended
+}
+
+/// The ids of a list that wait to be applied, in the order in which they are to be.
+fn in_order(list: &Value) -> Vec<String> {
+    let texts = |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
+    };
+    let waiting: Vec<order::Waiting> = list
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|row| matches!(row["status"].as_str(), Some("pending" | "failed")))
+        .map(|row| order::Waiting {
+            migration_id: row["migration_id"].as_str().unwrap_or_default().to_owned(),
+            halts: row["halts"] == true,
+            requires: texts(&row["requires"]),
+        })
+        .collect();
+    order::in_order(&waiting)
+}
+
+async fn run_change(way: &Way, direction: Direction, id: &str, change: &Change) -> Result<Value, Failure> {
+    let bar = Progress::new(direction.as_str(), change.target.json);
+    let digest = change.plan_digest.as_deref();
+    let done = match way {
+        Way::Server(remote) => watched_change(remote, direction, id, digest, &bar).await,
         Way::InProcess(config) => {
-            local::change_update(config, direction, &change.id, &|progress| bar.show(Some(progress))).await
+            local::change_update(config, direction, id, digest, &|progress| bar.show(progress)).await
         }
     };
     bar.clear();
-    show(&change.target, &done?, table::done)
+    done
+}
+
+/// Has a server change an update, and shows what it tells meanwhile. Its run goes on whatever becomes of this watcher.
+pub(crate) async fn watched_change(
+    remote: &Remote,
+    direction: Direction,
+    id: &str,
+    plan_digest: Option<&str>,
+    bar: &Progress,
+) -> Result<Value, Failure> {
+    let mut events = remote.events(id).await;
+    let run = remote.change_update(direction, id, plan_digest);
+    tokio::pin!(run);
+    loop {
+        let event = async {
+            match &mut events {
+                Some(events) => events.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            done = &mut run => return done,
+            event = event => match event {
+                Some(event) => bar.show(&event),
+                None => events = None,
+            },
+        }
+    }
 }
 
 /// Without a terminal `--yes` has to say it: a script must not change trust by accident.
@@ -467,20 +616,26 @@ fn terminal(direction: Direction) -> Result<(), Failure> {
     if std::io::stdin().is_terminal() && std::io::stderr().is_terminal() {
         return Ok(());
     }
-    let verb = direction.verb();
+    let verb = direction.as_str();
     Err(Failure::Usage(format!(
         "{verb} changes the trust of every agent and there is no terminal to ask on: add --yes"
     )))
 }
 
 /// Asks on the terminal.
-fn confirm(direction: Direction, id: &str, list: &Value) -> Result<(), Failure> {
-    let verb = direction.verb();
+fn confirm(direction: Direction, ids: &[&str], list: &Value) -> Result<(), Failure> {
+    let verb = direction.as_str();
     let mut out = std::io::stderr();
-    let row = list.as_array().and_then(|rows| rows.iter().find(|row| row["migration_id"] == id));
-    let description = row.and_then(|row| row["description"].as_str()).unwrap_or("not in the list of updates");
+    let mut question = String::new();
+    for id in ids {
+        let row = list.as_array().and_then(|rows| rows.iter().find(|row| row["migration_id"] == *id));
+        let description =
+            row.and_then(|row| row["description"].as_str()).unwrap_or("not in the list of updates");
+        question.push_str(&format!("{id}: {description}\n"));
+    }
+    let what = if ids.len() > 1 { "them in this order" } else { "it" };
     let mut answer = String::new();
-    write!(out, "{id}: {description}\n{verb} it now? [y/N] ")
+    write!(out, "{question}{verb} {what} now? [y/N] ")
         .and_then(|()| out.flush())
         .and_then(|()| std::io::stdin().read_line(&mut answer))
         .map_err(|error| Failure::because("the terminal cannot be asked", error))?;
@@ -577,34 +732,54 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Where an update is, on the terminal. Nothing where there is none.
-pub(crate) struct Progress(ProgressBar);
+/// Where an update is: a bar on a terminal, otherwise lines, a second apart at least within a phase.
+pub(crate) struct Progress {
+    what: &'static str,
+    bar: ProgressBar,
+    lines: bool,
+    /// The phase of the last line, and when it was written.
+    told: Mutex<Option<(String, Instant)>>,
+}
 
 impl Progress {
     pub(crate) fn new(what: &'static str, quiet: bool) -> Self {
-        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::no_length() };
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if quiet || !terminal { ProgressBar::hidden() } else { ProgressBar::no_length() };
         if let Ok(style) =
-            ProgressStyle::with_template("{spinner} {prefix} {msg:<10} {wide_bar} {pos}/{len} {elapsed}")
+            ProgressStyle::with_template("{spinner} {prefix} {msg:<24} {wide_bar} {pos}/{len} {elapsed}")
         {
             bar.set_style(style);
         }
         bar.set_prefix(what);
         bar.enable_steady_tick(Duration::from_millis(120));
-        Self(bar)
+        Self { what, bar, lines: !quiet && !terminal, told: Mutex::new(None) }
     }
 
-    /// Shows `{"phase": …, "done": …, "total": …}`.
-    pub(crate) fn show(&self, progress: Option<&Value>) {
-        let Some(progress) = progress else { return };
-        if let Some(phase) = progress["phase"].as_str() {
-            self.0.set_message(phase.to_owned());
+    /// Shows `{"phase": …, "done": …, "total": …, "time_left_s": …}`; anything else tells nothing.
+    pub(crate) fn show(&self, progress: &Value) {
+        let Some(phase) = progress["phase"].as_str() else { return };
+        let (done, total) = (progress["done"].as_u64().unwrap_or(0), progress["total"].as_u64().unwrap_or(0));
+        let left =
+            progress["time_left_s"].as_u64().map(|left| format!(", {left} s left")).unwrap_or_default();
+        self.bar.set_message(format!("{phase}{left}"));
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        if !self.lines {
+            return;
         }
-        self.0.set_length(progress["total"].as_u64().unwrap_or(0));
-        self.0.set_position(progress["done"].as_u64().unwrap_or(0));
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let repeated = |(last, at): &(String, Instant)| last == phase && at.elapsed() < PROGRESS_LINE_PERIOD;
+        if told.as_ref().is_some_and(repeated) {
+            return;
+        }
+        *told = Some((phase.to_owned(), Instant::now()));
+        let counted = if total > 0 { format!(" {done}/{total}") } else { String::new() };
+        // Standard error may be gone; the run goes on all the same.
+        let _gone = writeln!(std::io::stderr(), "{} {phase}{counted}{left}", self.what);
     }
 
     pub(crate) fn clear(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 
@@ -636,6 +811,11 @@ mod tests {
             "updates plan 2026-04-23-org-ca-pathlen-1",
             "updates apply 2026-04-23-org-ca-pathlen-1 --yes --json",
             "updates rollback 2026-04-23-org-ca-pathlen-1 -y --url https://localhost:9443",
+            "updates plan 2026-04-23-org-ca-pathlen-1 --rollback --full",
+            "updates apply --all --yes",
+            "updates apply 2026-04-23-org-ca-pathlen-1 --plan-digest 00ff",
+            "updates doctor --json",
+            "updates snapshots",
             "audit list --event-type admin.update_applied --limit 5",
             "audit verify",
             "pki issue-byoca --csr agent.csr --agent-name billing",
@@ -653,6 +833,8 @@ mod tests {
             "",
             "updates",
             "updates apply",
+            "updates apply x --all",
+            "updates apply --all --plan-digest 00ff",
             "audit list --limit 0",
             "adopt",
             "config --ca x",

@@ -5,23 +5,32 @@
 
 use std::sync::Arc;
 
+use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 
-use super::{Direction, Failure};
+use super::Failure;
 use crate::app::{self, Deploy};
 use crate::audit::{self, Filter};
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::entropy::Entropy;
 use crate::http::error::chain;
+use crate::pki::bootstrap;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
-use crate::updates::Progress;
+use crate::updates::store::RunRow;
+use crate::updates::{Direction, doctor};
 
 /// How the audit log names whoever types commands on this machine.
 const ACTOR: &str = "command-line";
 
 /// Opens a deploy that exists. A command must never create an organisation because it was typed in another folder.
 async fn open(config: &Config) -> Result<Deploy, Failure> {
+    exists(config)?;
+    let existing = Config { init: false, database_url_given: true, ..config.clone() };
+    Ok(app::open(&existing).await?)
+}
+
+fn exists(config: &Config) -> Result<(), Failure> {
     if let DatabaseUrl::Sqlite(path) = &config.database_url
         && !path.exists()
     {
@@ -30,8 +39,7 @@ async fn open(config: &Config) -> Result<Deploy, Failure> {
             path.display()
         )));
     }
-    let existing = Config { init: false, database_url_given: true, ..config.clone() };
-    Ok(app::open(&existing).await?)
+    Ok(())
 }
 
 fn unreadable(error: &StoreError) -> Failure {
@@ -44,53 +52,93 @@ pub async fn list_updates(config: &Config, status: Option<&str>) -> Result<Value
     deploy.updates.list(status).await.map(Value::Array).map_err(|error| Failure::of(&error))
 }
 
-/// The answer of `GET /proxy/updates/{id}/plan`.
-pub async fn plan_update(config: &Config, id: &str) -> Result<Value, Failure> {
+/// The answer of `GET /proxy/updates/{id}/plan` or `…/rollback-plan`.
+pub(super) async fn plan_update(config: &Config, direction: Direction, id: &str) -> Result<Value, Failure> {
     let deploy = open(config).await?;
-    let plan = deploy.updates.plan(id).await.map_err(|error| Failure::of(&error))?;
+    let plan = match direction {
+        Direction::Apply => deploy.updates.plan(id).await,
+        Direction::Rollback => deploy.updates.rollback_plan(id).await,
+    };
+    let plan = plan.map_err(|error| Failure::of(&error))?;
     serde_json::to_value(plan).map_err(|error| Failure::because("the plan cannot be shown", error))
 }
 
-/// The answer of `POST /proxy/updates/{id}/apply` or `…/rollback`. `progress` is told `{phase, done, total}`.
-pub async fn change_update(
+/// The lines of the same with `?full=true`.
+pub(super) async fn full_plan(
     config: &Config,
     direction: Direction,
     id: &str,
+    told: &mut dyn FnMut(Value) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let deploy = open(config).await?;
+    let mut lines = deploy.updates.full_plan(id, direction).await.map_err(|error| Failure::of(&error))?;
+    while let Some(line) = lines.recv().await {
+        told(line)?;
+    }
+    Ok(())
+}
+
+/// The answer of `POST /proxy/updates/{id}/apply` or `…/rollback`. `progress` is told what the events tell.
+pub(super) async fn change_update(
+    config: &Config,
+    direction: Direction,
+    id: &str,
+    plan_digest: Option<&str>,
     progress: &dyn Fn(&Value),
 ) -> Result<Value, Failure> {
     let deploy = open(config).await?;
-    let mut reports = deploy.updates.watch();
-    let run = async {
-        match direction {
-            Direction::Apply => deploy.updates.apply(id, ACTOR).await,
-            Direction::Rollback => deploy.updates.rollback(id, ACTOR).await,
-        }
-    };
-    tokio::pin!(run);
-    let done = loop {
+    let reports = deploy.updates.follow(id, false).await.map_err(|error| Failure::of(&error))?;
+    // An ended stream stays ended: the run's own answer is what is waited for.
+    let reports = reports.chain(futures_util::stream::pending());
+    let run = deploy.updates.change(id, direction, ACTOR, plan_digest);
+    tokio::pin!(run, reports);
+    loop {
         tokio::select! {
-            done = &mut run => break done.map_err(|error| Failure::of(&error))?,
-            Ok(()) = reports.changed() => {
-                let report = reports.borrow_and_update().as_ref().map(shown);
-                if let Some(report) = report {
-                    progress(&report);
-                }
-            }
+            done = &mut run => return done.map(|done| done.to_json(direction)).map_err(|error| Failure::of(&error)),
+            Some(report) = reports.next() => progress(&report.body),
         }
-    };
-    let at = done.at.to_rfc3339();
-    Ok(match direction {
-        Direction::Apply => {
-            json!({ "migration_id": done.migration_id, "status": "applied", "applied_at": at })
-        }
-        Direction::Rollback => {
-            json!({ "migration_id": done.migration_id, "status": "rolled_back", "rolled_back_at": at })
-        }
-    })
+    }
 }
 
-fn shown(progress: &Progress) -> Value {
-    progress.to_json()
+/// The rows of `GET /proxy/updates/snapshots`.
+pub async fn list_snapshots(config: &Config) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    deploy.updates.snapshots().await.map(Value::Array).map_err(|error| Failure::of(&error))
+}
+
+/// What `GET /proxy/updates/doctor` would tell, of the database as it lies: nothing is finished or changed by asking.
+pub async fn ask_doctor(config: &Config) -> Result<Value, Failure> {
+    exists(config)?;
+    let store = store_at(&config.database_url).await?;
+    let legacy = match store.sqlite_path() {
+        Some(_) => adopt::examine(&store, config.db_encryption_key.as_deref()).await,
+        None => Ok(None),
+    };
+    let findings = match legacy {
+        Ok(None) => examined(&store).await,
+        // What the predecessor's tables hold is told by the check of the adoption.
+        Ok(Some(_)) => Err(Failure::Refused(
+            "this is the predecessor's database, not adopted yet: mastio adopt --check looks at it, mastio serve adopts it"
+                .to_owned(),
+        )),
+        Err(error) => Err(Failure::Refused(chain(&error))),
+    };
+    store.close().await;
+    findings.map(|findings| doctor::report(&findings))
+}
+
+async fn examined(store: &Store) -> Result<Vec<doctor::Finding>, Failure> {
+    if !bootstrap::has_organisation(store).await.map_err(|error| Failure::of(&error))? {
+        return Err(Failure::Refused(
+            "the database holds no organisation yet: mastio serve creates one".to_owned(),
+        ));
+    }
+    let now = store.clock().now().seconds();
+    // A file has one server, and none runs; a database may have another replica.
+    let shared = store.sqlite_path().is_none();
+    let is_alive = |run: &RunRow| shared && doctor::gave_a_sign(run, now);
+    let mut tx = store.read().await.map_err(|error| unreadable(&error))?;
+    doctor::examine(&mut tx, &is_alive).await.map_err(|error| Failure::of(&error))
 }
 
 /// The rows of `GET /v1/admin/audit`.

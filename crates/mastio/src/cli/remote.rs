@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::{Method, StatusCode, Url};
+use reqwest::{Method, Response, StatusCode, Url};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
@@ -23,11 +23,12 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use serde_json::{Value, json};
 
-use super::{Direction, Failure};
+use super::Failure;
+use crate::updates::Direction;
 
 /// A server on the same machine answers a connection at once or not at all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// For everything but an apply and a rollback, which take as long as the fleet is large.
+/// For everything but plans and runs, which take as long as the fleet is large.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The URL of the server that holds the data directory, if one does.
@@ -96,20 +97,59 @@ impl Remote {
         self.get(&["proxy", "updates", "api"], &query).await
     }
 
-    /// `GET /proxy/updates/{id}/plan`.
-    pub async fn plan_update(&self, id: &str) -> Result<Value, Failure> {
-        self.get(&["proxy", "updates", id, "plan"], &[]).await
+    /// `GET /proxy/updates/doctor`.
+    pub async fn ask_doctor(&self) -> Result<Value, Failure> {
+        self.get(&["proxy", "updates", "doctor"], &[]).await
     }
 
-    /// `POST /proxy/updates/{id}/apply` or `…/rollback`, confirmed.
-    pub(crate) async fn change_update(&self, direction: Direction, id: &str) -> Result<Value, Failure> {
-        let path = ["proxy", "updates", id, direction.verb()];
-        self.send(Method::POST, &path, &[], Some(&json!({ "confirm": true })), None).await
+    /// `GET /proxy/updates/snapshots`.
+    pub async fn list_snapshots(&self) -> Result<Value, Failure> {
+        self.get(&["proxy", "updates", "snapshots"], &[]).await
     }
 
-    /// `GET /proxy/updates/{id}/progress`; nothing where no run is under way or the server does not tell.
-    pub async fn progress(&self, id: &str) -> Option<Value> {
-        self.get(&["proxy", "updates", id, "progress"], &[]).await.ok()
+    /// `GET /proxy/updates/{id}/plan` or `…/rollback-plan`.
+    pub(crate) async fn plan_update(&self, direction: Direction, id: &str) -> Result<Value, Failure> {
+        // It computes what a run computes, and takes as long as the fleet is large.
+        let path = ["proxy", "updates", id, plan_segment(direction)];
+        read(self.request(Method::GET, &path, &[], None, None).await?, &self.base).await
+    }
+
+    /// The same with every single change, told line by line; the last one is `{"kind": "plan"}` or `"error"`.
+    pub(crate) async fn full_plan(
+        &self,
+        direction: Direction,
+        id: &str,
+        told: &mut dyn FnMut(Value) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let path = ["proxy", "updates", id, plan_segment(direction)];
+        let response = self.request(Method::GET, &path, &[("full", "true")], None, None).await?;
+        let mut lines = Lines::of(response);
+        while let Some(line) = lines.next().await {
+            told(serde_json::from_str(&line).unwrap_or(Value::String(line)))?;
+        }
+        Ok(())
+    }
+
+    /// `POST /proxy/updates/{id}/apply` or `…/rollback`, confirmed, and held to a plan where one is named.
+    pub(crate) async fn change_update(
+        &self,
+        direction: Direction,
+        id: &str,
+        plan_digest: Option<&str>,
+    ) -> Result<Value, Failure> {
+        let path = ["proxy", "updates", id, direction.as_str()];
+        let mut body = json!({ "confirm": true });
+        if let (Some(digest), Some(body)) = (plan_digest, body.as_object_mut()) {
+            body.insert("plan_digest".to_owned(), json!(digest));
+        }
+        self.send(Method::POST, &path, &[], Some(&body), None).await
+    }
+
+    /// `GET /proxy/updates/{id}/events`; nothing where the server does not tell.
+    pub(crate) async fn events(&self, id: &str) -> Option<Events> {
+        let path = ["proxy", "updates", id, "events"];
+        let response = self.request(Method::GET, &path, &[], None, None).await.ok()?;
+        Some(Events(Lines::of(response)))
     }
 
     /// `GET /v1/admin/audit`.
@@ -150,6 +190,18 @@ impl Remote {
         body: Option<&Value>,
         timeout: Option<Duration>,
     ) -> Result<Value, Failure> {
+        read(self.request(method, path, query, body, timeout).await?, &self.base).await
+    }
+
+    /// Sends a request; a response that is no success becomes the failure that it tells of.
+    async fn request(
+        &self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+        timeout: Option<Duration>,
+    ) -> Result<Response, Failure> {
         let mut url = self.base.clone();
         // Segments are encoded one by one, so an id can never become another path.
         if let Ok(mut segments) = url.path_segments_mut() {
@@ -165,14 +217,12 @@ impl Remote {
         if let Some(body) = body {
             request = request.json(body);
         }
-        let unreachable = |error: reqwest::Error| {
-            Failure::because(format!("the server at {} cannot be reached", self.base), error.without_url())
-        };
-        let response = request.send().await.map_err(unreachable)?;
+        let response = request.send().await.map_err(|error| unreachable(&self.base, error))?;
         let status = response.status();
-        let text = response.text().await.map_err(unreachable)?;
-        let answer: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        if status.is_success() { Ok(answer) } else { Err(self.refusal(status, &answer)) }
+        if status.is_success() {
+            return Ok(response);
+        }
+        Err(self.refusal(status, &read(response, &self.base).await?))
     }
 
     fn refusal(&self, status: StatusCode, answer: &Value) -> Failure {
@@ -187,6 +237,62 @@ impl Remote {
                 self.base
             )),
             _ => Failure::failed(format!("the server at {} answered {status}: {detail}", self.base)),
+        }
+    }
+}
+
+fn plan_segment(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Apply => "plan",
+        Direction::Rollback => "rollback-plan",
+    }
+}
+
+fn unreachable(base: &Url, error: reqwest::Error) -> Failure {
+    Failure::because(format!("the server at {base} cannot be reached"), error.without_url())
+}
+
+/// The whole body as JSON; as a text where it is none.
+async fn read(response: Response, base: &Url) -> Result<Value, Failure> {
+    let text = response.text().await.map_err(|error| unreachable(base, error))?;
+    Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
+}
+
+/// The lines of a response as they come.
+struct Lines {
+    response: Response,
+    read: Vec<u8>,
+}
+
+impl Lines {
+    fn of(response: Response) -> Self {
+        Self { response, read: Vec::new() }
+    }
+
+    /// The next line without its end; nothing when the response ends or breaks. May be dropped and asked again.
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.read.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=end).collect();
+                return Some(String::from_utf8_lossy(&line).trim_end().to_owned());
+            }
+            self.read.extend_from_slice(&self.response.chunk().await.ok()??);
+        }
+    }
+}
+
+/// Server-sent events as they come.
+pub(crate) struct Events(Lines);
+
+impl Events {
+    /// The body of the next event; nothing when there are no more.
+    pub(crate) async fn next(&mut self) -> Option<Value> {
+        loop {
+            let line = self.0.next().await?;
+            // One line of data each; names and keep-alives tell nothing that a bar shows.
+            if let Some(data) = line.strip_prefix("data:") {
+                return Some(serde_json::from_str(data).unwrap_or_default());
+            }
         }
     }
 }

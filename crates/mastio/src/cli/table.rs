@@ -60,6 +60,7 @@ pub(super) fn updates(list: &Value) -> String {
             ("applied_at", "applied"),
             ("rolled_back_at", "rolled back"),
             ("error", "error"),
+            ("remedy", "next step"),
             ("note", "note"),
             ("requires", "requires"),
             ("not_covered", "agents left alone"),
@@ -75,13 +76,15 @@ pub(super) fn updates(list: &Value) -> String {
     format!("{table}{notes}")
 }
 
-/// What an update would change.
+/// What an update or its rollback would change.
 pub(super) fn plan(plan: &Value) -> String {
-    let mut text = format!("plan of {}, verified; nothing was changed\n", cell(&plan["migration_id"]));
+    let back = plan["direction"] == "rollback";
+    let what = if back { "rollback plan" } else { "plan" };
+    let mut text = format!("{what} of {}, verified; nothing was changed\n", cell(&plan["migration_id"]));
     if let Some(note) = plan["note"].as_str() {
         text.push_str(&format!("{note}\n"));
     }
-    let mut certificates = table(&["certificate", "", "issuer", "public key", "pathLen", "not after"]);
+    let mut certificates = table(&["certificate", "", "issuer", "key", "pathLen", "not after"]);
     let pairs = std::iter::once(&plan["org_ca"]).chain(rows(&plan["samples"]));
     for pair in pairs.filter(|pair| pair.is_array()) {
         for (when, side) in [("before", &pair[0]), ("after", &pair[1])] {
@@ -90,17 +93,108 @@ pub(super) fn plan(plan: &Value) -> String {
                 cell(&side["subject"]),
                 when.to_owned(),
                 cell(&side["issuer"]),
-                key,
+                format!("{} {key}", cell(&side["key"])).trim().to_owned(),
                 cell(&side["path_len"]),
                 cell(&side["not_after"]),
             ]);
         }
     }
     let mut counts = table(&[]);
-    counts.add_row(["leaves re-signed".to_owned(), cell(&plan["leaves"])]);
-    counts.add_row(["agents left alone".to_owned(), cell(&plan["not_covered"])]);
-    counts.add_row(["values that change".to_owned(), cell(&plan["cells"])]);
-    format!("{text}{certificates}\n{counts}")
+    let mut count = |name: &str, value: String| {
+        if !value.is_empty() {
+            counts.add_row([name.to_owned(), value]);
+        }
+    };
+    count(if back { "leaves set back" } else { "leaves re-signed" }, cell(&plan["leaves"]));
+    count("leaves carried back", cell(&plan["carry_back"]));
+    count("snapshot taken", cell(&plan["snapshot"]["taken_at"]));
+    count("agents left alone", cell(&plan["not_covered"]));
+    count("values that change", cell(&plan["cells"]).replace(", ", "\n"));
+    for (name, side) in [("halt before", "before"), ("halt after", "after")] {
+        let halt = &plan["halt"][side];
+        let none = halt.as_array().is_some_and(Vec::is_empty);
+        count(name, if none { "none".to_owned() } else { cell(halt).replace(", ", "\n") });
+    }
+    if let Some(seconds) = plan["estimate"]["seconds"].as_u64() {
+        let rate = plan["estimate"]["leaves_per_second"].as_u64();
+        let rate = rate.map(|rate| format!(", {rate} leaves a second")).unwrap_or_default();
+        count("computing takes about", format!("{seconds} s{rate}"));
+    }
+    count("plan digest", cell(&plan["plan_digest"]));
+    let mut reasons = String::new();
+    for left in rows(&plan["left_alone"]) {
+        reasons.push_str(&format!(
+            "\n{} agents ({}) are left alone: {}. Next: {}.",
+            cell(&left["enrollment"]),
+            cell(&left["agents"]),
+            cell(&left["why"]),
+            cell(&left["next"]),
+        ));
+    }
+    format!("{text}{certificates}\n{counts}{reasons}")
+}
+
+/// One line of a full plan.
+pub(super) fn change(line: &Value) -> String {
+    let side = |side: &Value| match side.as_object() {
+        Some(certificate) => ["issuer", "serial"]
+            .iter()
+            .filter_map(|field| certificate.get(*field))
+            .map(cell)
+            .chain(side["path_len"].as_u64().map(|length| format!("pathLen={length}")))
+            .collect::<Vec<_>>()
+            .join(" "),
+        None if side.is_null() => "nothing".to_owned(),
+        None => cell(side),
+    };
+    match line["kind"].as_str() {
+        Some("plan") => plan(&line["plan"]),
+        Some("error") => String::new(),
+        kind => {
+            let subject = cell(&line["agent_id"]) + &cell(&line["cell"]);
+            let how = if kind == Some("carried_back") { " (carried back)" } else { "" };
+            format!("{subject}{how}: {} -> {}", side(&line["before"]), side(&line["after"]))
+        }
+    }
+}
+
+/// What the doctor found.
+pub(super) fn doctor(report: &Value) -> String {
+    let mut text = String::new();
+    for finding in rows(&report["findings"]) {
+        let mark = if finding["needs_operator"] == true { "needs you" } else { "note" };
+        text.push_str(&format!(
+            "{mark}: {} ({})\n  what: {}\n  next: {}\n",
+            cell(&finding["subject"]),
+            cell(&finding["finding"]).replace('_', " "),
+            cell(&finding["what"]),
+            cell(&finding["next"]),
+        ));
+    }
+    if report["healthy"] == true {
+        text.push_str("all is well");
+    }
+    text.trim_end().to_owned()
+}
+
+/// The snapshots.
+pub(super) fn snapshots(list: &Value) -> String {
+    let mut table = table(&["migration", "taken", "rows", "run", "verifies"]);
+    for row in rows(list) {
+        let sound = if row["sound"] == true {
+            "yes".to_owned()
+        } else {
+            format!("no, damaged at {}", cell(&row["damaged_at"]))
+        };
+        let [migration, taken, count, run] =
+            ["migration_id", "taken_at", "rows", "run_id"].map(|field| cell(&row[field]));
+        table.add_row([migration, taken, count, run, sound]);
+    }
+    if rows(list).next().is_none() {
+        "no snapshots: nothing can be rolled back".to_owned()
+    } else {
+        table.to_string()
+    }
 }
 
 /// The end of an apply or a rollback.
@@ -158,6 +252,29 @@ mod tests {
         for part in ["before", "after", "proxy_config/org_ca_cert/value", "leaves re-signed"] {
             assert!(text.contains(part), "{part} in\n{text}");
         }
+    }
+
+    #[test]
+    fn a_rollback_plan_says_what_comes_back_and_why_agents_are_left_alone() {
+        let text = plan(&json!({
+            "migration_id": "x", "direction": "rollback", "leaves": 4, "carry_back": 1, "cells": [],
+            "snapshot": { "taken_at": "2026-04-23T19:08:12Z" }, "halt": { "before": [], "after": [] },
+            "left_alone": [{ "enrollment": "byoca", "agents": 2, "why": "the owner holds the key", "next": "enroll" }],
+        }));
+        for part in ["rollback plan of x", "carried back", "2026-04-23T19:08:12Z", "the owner holds the key"]
+        {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_doctor_names_what_and_next() {
+        let finding = json!({
+            "finding": "run_of_a_dead_process", "subject": "01", "needs_operator": true, "what": "a", "next": "b",
+        });
+        let text = doctor(&json!({ "healthy": false, "findings": [finding] }));
+        assert_eq!(text, "needs you: 01 (run of a dead process)\n  what: a\n  next: b");
+        assert_eq!(doctor(&json!({ "healthy": true, "findings": [] })), "all is well");
     }
 
     #[test]

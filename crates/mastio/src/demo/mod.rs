@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::app::Running;
 use crate::cli::remote::Remote;
-use crate::cli::{Direction, Failure, Progress, print, stop_signal};
+use crate::cli::{Direction, Failure, Progress, print, stop_signal, watched_change};
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::{self, AdminSecret, Config, ENV_FILE, Flags, Surroundings};
 use crate::entropy::Entropy;
@@ -27,8 +27,6 @@ use upstream::{TOOL, Upstream};
 
 /// The update that the bundled deploy needs: the page's own example.
 const MIGRATION_ID: &str = "2026-04-23-org-ca-pathlen-1";
-/// How often the progress of the apply is asked for.
-const PROGRESS_PERIOD: Duration = Duration::from_millis(50);
 
 /// What `mastio demo` takes.
 #[derive(Debug, clap::Args)]
@@ -205,7 +203,7 @@ impl Stage {
         registered.map_err(|failure| Failure::because("the demo's tool cannot be registered", failure))?;
 
         self.step("Planned: what the update would do, computed for real, verified, and dropped")?;
-        let plan = self.operator.plan_update(MIGRATION_ID).await?;
+        let plan = self.operator.plan_update(Direction::Apply, MIGRATION_ID).await?;
         let ca = |side: usize| {
             let ca = &plan["org_ca"][side];
             format!("pathLen={}, valid until {}", ca["path_len"], ca["not_after"].as_str().unwrap_or("?"))
@@ -301,14 +299,7 @@ impl Stage {
 
     async fn apply(&self) -> Result<Value, Failure> {
         let bar = Progress::new("apply", false);
-        let run = self.operator.change_update(Direction::Apply, MIGRATION_ID);
-        tokio::pin!(run);
-        let applied = loop {
-            tokio::select! {
-                applied = &mut run => break applied,
-                () = tokio::time::sleep(PROGRESS_PERIOD) => bar.show(self.operator.progress(MIGRATION_ID).await.as_ref()),
-            }
-        };
+        let applied = watched_change(&self.operator, Direction::Apply, MIGRATION_ID, None, &bar).await;
         bar.clear();
         applied
     }

@@ -24,14 +24,14 @@ use super::migration::{
 use super::store::{self as rows, FleetCell, StagedCell, StagedFacts};
 use super::verify;
 use super::view::View;
-use super::{Direction, Phase, Progress, Updates};
+use super::{Direction, Phase, Progress, Updates, rehearsal};
 use crate::entropy::Entropy;
 use crate::pki::store::{self as pki_rows, CertificateFacts, config_key, hex};
-use crate::store::WriteTx;
+use crate::store::{Query, WriteTx};
 use crate::values;
 
 /// Leaves that are read, signed, verified and staged together; bounds memory whatever the fleet's size.
-const BATCH_LEAVES: i64 = 1024;
+pub(super) const BATCH_LEAVES: i64 = 1024;
 /// How often a run follows a fleet that moves under it before it gives up.
 const CATCH_UP_ROUNDS_MAX: usize = 8;
 /// Leaves that may be prepared again while the commit's lock is held; more go back to *prepare*.
@@ -46,52 +46,6 @@ pub struct Outcome {
     pub leaves: i64,
 }
 
-/// What a plan found: the change set, computed for real, verified and dropped.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct Plan {
-    /// The migration.
-    pub migration_id: String,
-    /// What the check said, where it said more than the description.
-    pub note: Option<String>,
-    /// Single cells that change.
-    pub cells: Vec<String>,
-    /// Rows of the fleet that change: leaves, or enrollment tags.
-    pub leaves: i64,
-    /// Agents that are deliberately left alone, by enrollment type.
-    pub not_covered: serde_json::Value,
-    /// The Org CA before and after.
-    pub org_ca: [CertificateSummary; 2],
-    /// A few leaves before and after.
-    pub samples: Vec<[CertificateSummary; 2]>,
-}
-
-/// The fields of a certificate that an operator compares.
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct CertificateSummary {
-    /// Subject.
-    pub subject: String,
-    /// Issuer.
-    pub issuer: String,
-    /// SHA-256 of the public key, lowercase hex.
-    pub spki_sha256: String,
-    /// End of validity.
-    pub not_after: String,
-    /// `pathLen`, where it is a CA.
-    pub path_len: Option<u32>,
-}
-
-impl CertificateSummary {
-    fn of(certificate: &Certificate) -> Self {
-        Self {
-            subject: certificate.subject_display(),
-            issuer: certificate.issuer_display(),
-            spki_sha256: certificate.spki_sha256(),
-            not_after: certificate.not_after().to_rfc3339(),
-            path_len: certificate.basic_constraints().and_then(|constraints| constraints.path_len),
-        }
-    }
-}
-
 /// One run of one migration in one direction.
 pub(super) struct Run<'a> {
     pub updates: &'a Updates,
@@ -99,6 +53,8 @@ pub(super) struct Run<'a> {
     pub run_id: String,
     pub actor: String,
     pub direction: Direction,
+    /// Digest of the images before that the operator's plan was made of; the run may change nothing else.
+    pub planned: Option<String>,
 }
 
 impl Run<'_> {
@@ -145,10 +101,13 @@ impl Run<'_> {
         crash_point("apply.detect");
         let total = self.snapshot(&view).await?;
         crash_point("apply.snapshot");
+        if let Some(planned) = &self.planned {
+            rehearsal::hold(self.updates, self.migration, &self.run_id, planned).await?;
+        }
 
         self.enter(Phase::Prepare, 0, total).await?;
         let view = Arc::new(view);
-        let change_set = self.change_set(Arc::clone(&view)).await?;
+        let change_set = prepare(self.updates, self.migration, Arc::clone(&view)).await?;
         let ChangeSet { cells, fleet, result } = change_set;
         verify::cells(&cells)?;
         if let Some(result) = &result {
@@ -171,6 +130,9 @@ impl Run<'_> {
         for _round in 0..CATCH_UP_ROUNDS_MAX {
             let seen = self.moved().await?;
             if !seen.agent_ids.is_empty() {
+                if self.planned.is_some() {
+                    return Err(UpdateError::MovedSincePlan);
+                }
                 self.follow(&seen.agent_ids, fleet.as_ref(), result.as_ref()).await?;
                 continue;
             }
@@ -179,6 +141,7 @@ impl Run<'_> {
                     outcome = Some(done);
                     break;
                 }
+                Commit::Moved(_) if self.planned.is_some() => return Err(UpdateError::MovedSincePlan),
                 Commit::Moved(agent_ids) => self.follow(&agent_ids, fleet.as_ref(), result.as_ref()).await?,
             }
         }
@@ -293,19 +256,6 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn change_set(&self, view: Arc<View>) -> Result<ChangeSet, UpdateError> {
-        let migration = self.migration;
-        let entropy = Arc::clone(&self.updates.pki.entropy);
-        let now = self.now();
-        // A panic in a migration ends its task; the run fails with a clear state instead of taking the server down.
-        tokio::task::spawn_blocking(move || {
-            let permit = ExemptPermit::for_run();
-            migration.prepare(&view, &Tools { permit: &permit, entropy: &entropy, now })
-        })
-        .await
-        .map_err(|_| UpdateError::Stopped)?
-    }
-
     async fn stage_cells(&self, cells: &[(Cell, After)]) -> Result<(), UpdateError> {
         let sealing = self.updates.pki.sealing();
         let mut tx = self.updates.pki.store.write().await?;
@@ -325,7 +275,9 @@ impl Run<'_> {
         result: Option<&Expected>,
         total: i64,
     ) -> Result<(), UpdateError> {
-        let (mut after, mut done) = (String::new(), 0);
+        // The cells are staged already; the total counts them too.
+        let cells = self.migration.scope().cells.len();
+        let (mut after, mut done) = (String::new(), i64::try_from(cells).unwrap_or(0));
         loop {
             let store = &self.updates.pki.store;
             let mut tx = store.read().await?;
@@ -498,9 +450,9 @@ impl Run<'_> {
     }
 
     /// Whether a cell reads as the apply wrote it. What a torn run of the predecessor wrote has no image after.
-    async fn still_as_written(
+    pub async fn still_as_written(
         &self,
-        tx: &mut WriteTx,
+        tx: &mut impl Query,
         apply_run: &str,
         cell: &Cell,
         image: &rows::Image,
@@ -593,7 +545,7 @@ impl Run<'_> {
         if torn {
             self.take_torn_as_committed(&snapshot.run_id).await?;
         }
-        let restored = self.restored_authority(&snapshot.run_id).await?;
+        let restored = self.restored_authority(&snapshot.run_id, false).await?;
         let carried = match (self.migration.carry_back(restored), self.migration.scope().fleet) {
             (Some(carry_back), Some(column)) => Some(Carried { column, carry_back: Arc::from(carry_back) }),
             _ => None,
@@ -691,7 +643,13 @@ impl Run<'_> {
         Ok(tx.commit_unaudited().await?)
     }
 
-    async fn restored_authority(&self, apply_run: &str) -> Result<RestoredAuthority, UpdateError> {
+    /// The CA as a rollback restores it. `whole`: every image counts, not only those of cells that changed.
+    pub async fn restored_authority(
+        &self,
+        apply_run: &str,
+        whole: bool,
+    ) -> Result<RestoredAuthority, UpdateError> {
+        let counts = |image: &rows::Image| whole || image.changes;
         let pki = &self.updates.pki;
         let authority = pki.authority();
         let mut tx = pki.store.read().await?;
@@ -701,11 +659,11 @@ impl Run<'_> {
         };
         let cert = Cell::config(config_key::ORG_CA_CERT);
         let key = Cell::config_key(config_key::ORG_CA_KEY);
-        let org_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(|image| image.changes) {
+        let org_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(counts) {
             Some(image) => Certificate::from_pem(image.restored().ok_or_else(|| damaged(cert.row_key))?)?,
             None => authority.org_ca.clone(),
         };
-        let org_ca_key = match rows::image(&mut tx, apply_run, &key).await?.filter(|image| image.changes) {
+        let org_ca_key = match rows::image(&mut tx, apply_run, &key).await?.filter(counts) {
             Some(image) => {
                 let side = if image.restore.is_some() { "restore" } else { "before" };
                 let sealed = image.restored().ok_or_else(|| damaged(key.row_key))?;
@@ -718,11 +676,11 @@ impl Run<'_> {
         }
         let cert = Cell::config(config_key::MASTIO_CA_CERT);
         let key = Cell::config_key(config_key::MASTIO_CA_KEY);
-        let mastio_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(|image| image.changes) {
+        let mastio_ca = match rows::image(&mut tx, apply_run, &cert).await?.filter(counts) {
             Some(image) => image.restored().map(|pem| Certificate::from_pem(pem)).transpose()?,
             None => authority.mastio_ca.clone(),
         };
-        let made_by_apply = rows::image(&mut tx, apply_run, &key).await?.is_some_and(|image| image.changes);
+        let made_by_apply = rows::image(&mut tx, apply_run, &key).await?.is_some_and(|image| counts(&image));
         let mastio_ca_key = if made_by_apply { None } else { authority.mastio_ca_key.clone() };
         Ok(RestoredAuthority { org_ca, org_ca_key, mastio_ca, mastio_ca_key })
     }
@@ -732,15 +690,7 @@ impl Run<'_> {
         let images: Vec<_> =
             page.iter().map(|cell| rows::fleet_image(&self.run_id, carried.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
-        let permit = ExemptPermit::for_run();
-        let entropy = &self.updates.pki.entropy;
-        let mut staged = Vec::new();
-        for cell in page {
-            let row = fleet_row(&cell, carried.column)?;
-            if let Some(after) = carried.carry_back.carry_back(&row, &permit, entropy)? {
-                staged.push(staged_cell(&row, after, None));
-            }
-        }
+        let staged = carry_cells(&page, carried, &self.updates.pki.entropy)?;
         rows::stage(&mut tx, carried.column, &self.run_id, &staged).await?;
         Ok(tx.commit_unaudited().await?)
     }
@@ -838,15 +788,16 @@ impl Run<'_> {
 
 /// The column of the fleet that a run changes, and how.
 #[derive(Clone)]
-struct Fleet {
-    column: FleetColumn,
-    change: Arc<dyn FleetChange>,
+pub(super) struct Fleet {
+    pub column: FleetColumn,
+    pub change: Arc<dyn FleetChange>,
 }
 
 /// The column of the fleet that a rollback carries back, and how.
-struct Carried {
-    column: FleetColumn,
-    carry_back: Arc<dyn CarryBack>,
+#[derive(Clone)]
+pub(super) struct Carried {
+    pub column: FleetColumn,
+    pub carry_back: Arc<dyn CarryBack>,
 }
 
 /// The agents that have moved, as of an epoch.
@@ -940,8 +891,41 @@ fn staged_cell(row: &FleetRow, after: FleetAfter, issuer: Option<&Certificate>) 
     StagedCell { agent_id: row.agent_id.clone(), text: after.text, facts }
 }
 
+/// Has the migration say what changes, off the executor's threads.
+pub(super) async fn prepare(
+    updates: &Updates,
+    migration: &'static dyn Migration,
+    view: Arc<View>,
+) -> Result<ChangeSet, UpdateError> {
+    let (entropy, now) = (Arc::clone(&updates.pki.entropy), updates.pki.clock.now().seconds());
+    // A panic in a migration ends its task; the run fails with a clear state instead of taking the server down.
+    tokio::task::spawn_blocking(move || {
+        let permit = ExemptPermit::for_run();
+        migration.prepare(&view, &Tools { permit: &permit, entropy: &entropy, now })
+    })
+    .await
+    .map_err(|_| UpdateError::Stopped)?
+}
+
+/// What cells that arose or changed since an apply become under what its rollback restores.
+pub(super) fn carry_cells(
+    page: &[FleetCell],
+    carried: &Carried,
+    entropy: &Entropy,
+) -> Result<Vec<StagedCell>, UpdateError> {
+    let permit = ExemptPermit::for_run();
+    let mut staged = Vec::new();
+    for cell in page {
+        let row = fleet_row(cell, carried.column)?;
+        if let Some(after) = carried.carry_back.carry_back(&row, &permit, entropy)? {
+            staged.push(staged_cell(&row, after, None));
+        }
+    }
+    Ok(staged)
+}
+
 /// Changes and verifies leaves on all cores, off the executor's threads.
-async fn change_leaves(
+pub(super) async fn change_leaves(
     page: Vec<FleetCell>,
     fleet: Fleet,
     result: Option<Expected>,
@@ -974,69 +958,4 @@ async fn change_leaves(
     })
     .await
     .map_err(|_| UpdateError::Stopped)?
-}
-
-/// Computes a migration's change set with keys that are thrown away, verifies it, and drops it.
-pub(super) async fn plan(updates: &Updates, migration: &'static dyn Migration) -> Result<Plan, UpdateError> {
-    let declaration = migration.declaration();
-    let view = Arc::new(view(updates, declaration.migration_id).await?);
-    let note = match migration.check(&view) {
-        Need::Needed { note } => note,
-        Need::NotNeeded => return Err(UpdateError::NotNeeded),
-        Need::Impossible(refusal) | Need::Refused(refusal) => return Err(UpdateError::Refused(refusal)),
-    };
-    let pki = &updates.pki;
-    let now = pki.clock.now().seconds();
-    let (for_task, entropy) = (Arc::clone(&view), Arc::clone(&pki.entropy));
-    let change_set = tokio::task::spawn_blocking(move || {
-        let permit = ExemptPermit::for_run();
-        migration.prepare(&for_task, &Tools { permit: &permit, entropy: &entropy, now })
-    })
-    .await
-    .map_err(|_| UpdateError::Stopped)??;
-    verify::cells(&change_set.cells)?;
-    if let Some(result) = &change_set.result {
-        verify::authority(result, now)?;
-    }
-    let mut leaves = 0;
-    let mut samples = Vec::new();
-    if let (Some(column), Some(change)) = (migration.scope().fleet, change_set.fleet) {
-        let fleet = Fleet { column, change: Arc::from(change) };
-        let mut after = String::new();
-        loop {
-            let page = rows::fleet_page(&mut pki.store.read().await?, column, &after, BATCH_LEAVES).await?;
-            let Some(last) = page.last() else { break };
-            after.clone_from(&last.agent_id);
-            let before: Vec<_> = page.iter().take(3).cloned().collect();
-            let staged =
-                change_leaves(page, fleet.clone(), change_set.result.clone(), Arc::clone(&pki.entropy), now)
-                    .await?;
-            leaves += i64::try_from(staged.len()).unwrap_or(i64::MAX);
-            for cell in before.iter().take(3_usize.saturating_sub(samples.len())) {
-                let after = staged.iter().find(|staged| staged.agent_id == cell.agent_id);
-                if let Some(after) = after.filter(|after| after.facts.is_some()) {
-                    samples.push([
-                        CertificateSummary::of(&Certificate::from_pem(&cell.text)?),
-                        CertificateSummary::of(&Certificate::from_pem(&after.text)?),
-                    ]);
-                }
-            }
-        }
-    }
-    let mut tx = pki.store.read().await?;
-    let not_covered = super::view::not_covered(&mut tx, declaration.affects_enrollments).await?;
-    Ok(Plan {
-        migration_id: declaration.migration_id.to_owned(),
-        note,
-        cells: change_set.cells.iter().map(|(cell, _)| cell.place()).collect(),
-        leaves,
-        not_covered: super::not_covered_json(&not_covered),
-        org_ca: [
-            CertificateSummary::of(&view.authority.org_ca),
-            CertificateSummary::of(
-                change_set.result.as_ref().map_or(&view.authority.org_ca, |result| &result.org_ca),
-            ),
-        ],
-        samples,
-    })
 }

@@ -50,6 +50,19 @@ pub enum UpdateError {
         /// What runs.
         migration_id: String,
     },
+    /// The state is not the one that the operator's plan was made of.
+    #[error("the state has moved since that plan was made: nothing was changed; look at the plan again")]
+    PlanChanged {
+        /// Digest of the plan as it is now.
+        present: String,
+        /// What differs.
+        differences: Box<Value>,
+    },
+    /// The state moved after the plan was compared and before the commit.
+    #[error(
+        "the state moved away from the plan while the update was prepared: nothing was changed; plan again"
+    )]
+    MovedSincePlan,
     /// There is nothing to roll back to.
     #[error("no snapshot — state has already moved")]
     NoSnapshot,
@@ -111,6 +124,8 @@ impl Problem for UpdateError {
             | Self::Refused(_)
             | Self::Blocked { .. }
             | Self::Running { .. }
+            | Self::PlanChanged { .. }
+            | Self::MovedSincePlan
             | Self::SnapshotDamaged { .. } => Kind::Conflict,
             Self::OutOfOrder { .. } => Kind::OutOfOrder,
             Self::Store(error) => error.kind(),
@@ -136,6 +151,13 @@ impl Problem for UpdateError {
             Self::Blocked { blocker } => {
                 json!({ "reason": "blocked_by_later_update", "blocker": blocker, "message": self.to_string() })
             }
+            Self::PlanChanged { present, differences } => json!({
+                "reason": "plan_changed",
+                "message": self.to_string(),
+                "plan_digest": present,
+                "differences": differences,
+            }),
+            Self::MovedSincePlan => json!({ "reason": "plan_changed", "message": self.to_string() }),
             Self::SnapshotDamaged { .. } => {
                 json!({ "reason": "snapshot_damaged", "message": self.to_string() })
             }

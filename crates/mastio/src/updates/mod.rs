@@ -2,47 +2,58 @@
 //! repaired in one atomic and verified step, and can be rolled back.
 //!
 //! The cast: [`registry`] lists the migrations; [`detector`] asks each at boot whether it is needed; [`halt`] decides
-//! whether anything may be signed; [`engine`] runs a migration's change set through the phases; [`verify`] judges it;
-//! [`store`] keeps rows, runs and images. Order of an apply: admission under the lock of the audit head, then the run
-//! as a task of its own, which the caller only watches. A run that a crash has left behind is finished by the next
-//! boot: before its commit it has changed nothing and fails, after it only the activation is left.
+//! whether anything may be signed; [`rehearsal`] computes a change set and drops it; [`order`] says who is next;
+//! [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
+//! [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
+//! images. Order of an apply: admission under the lock of the audit head, then the run as a task of its own, which the
+//! caller only watches. A run that a crash has left behind is finished by the next boot: before its commit it has
+//! changed nothing and fails, after it only the activation is left.
 
 mod crash;
 pub mod detector;
+pub mod doctor;
 mod engine;
 pub mod error;
 pub mod halt;
 pub mod http;
 pub mod migration;
 pub mod migrations;
+pub mod order;
+pub mod progress;
 pub mod registry;
+pub mod rehearsal;
+pub mod snapshots;
 pub mod store;
 mod verify;
 pub mod view;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use serde_json::{Map, Value, json};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::http::error::chain;
 use crate::metrics::Metrics;
 use crate::pki::Pki;
 use crate::pki::tls::Tls;
-pub use engine::{Outcome, Plan};
+pub use engine::Outcome;
 pub use error::UpdateError;
-use halt::{EnrollmentType, HaltReason};
-use migration::{Migration, Need};
+use halt::EnrollmentType;
+use migration::Migration;
+pub use rehearsal::Plan;
+use rehearsal::Rehearsal;
 
 /// How runs that the predecessor left name their actor.
 pub const PREDECESSOR: &str = "predecessor";
 /// A run without a sign of life for so long is taken over by another replica.
 const RUN_SILENCE_S_MAX: i64 = 60;
+/// Between two lines of the log about one run's progress.
+const PROGRESS_LOG_PERIOD: Duration = Duration::from_secs(1);
 
 /// Rows that a sweep removes in one transaction.
 const SWEEP_ROWS: i64 = 256;
@@ -150,6 +161,9 @@ pub struct Updates {
     metrics: OnceLock<Arc<Metrics>>,
     replica: String,
     progress: watch::Sender<Option<Progress>>,
+    closing: watch::Sender<bool>,
+    rehearsals: rehearsal::Rehearsals,
+    logged_at: Mutex<Option<Instant>>,
     phase_since: Mutex<Option<(Phase, Instant)>>,
     running: AtomicBool,
     findings: ArcSwap<Findings>,
@@ -164,6 +178,22 @@ pub struct Done {
     pub at: UnixTime,
 }
 
+impl Done {
+    /// As the API and the command line show it, in the page's words.
+    #[must_use]
+    pub fn to_json(&self, direction: Direction) -> Value {
+        let at = self.at.to_rfc3339();
+        match direction {
+            Direction::Apply => {
+                json!({ "migration_id": self.migration_id, "status": "applied", "applied_at": at })
+            }
+            Direction::Rollback => {
+                json!({ "migration_id": self.migration_id, "status": "rolled_back", "rolled_back_at": at })
+            }
+        }
+    }
+}
+
 impl Updates {
     /// The updates of `pki`. `replica` names this process in the journal.
     #[must_use]
@@ -174,6 +204,9 @@ impl Updates {
             metrics: OnceLock::new(),
             replica,
             progress: watch::Sender::new(None),
+            closing: watch::Sender::new(false),
+            rehearsals: rehearsal::Rehearsals::default(),
+            logged_at: Mutex::new(None),
             phase_since: Mutex::new(None),
             running: AtomicBool::new(false),
             findings: ArcSwap::default(),
@@ -190,6 +223,11 @@ impl Updates {
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Option<Progress>> {
         self.progress.subscribe()
+    }
+
+    /// Has everyone stop watching: the process is about to end, and must not wait for them.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
     }
 
     /// What the last detection found.
@@ -212,14 +250,19 @@ impl Updates {
 
     fn show(&self, progress: Progress) {
         self.time(Some(progress.phase));
-        tracing::info!(
-            migration_id = progress.migration_id,
-            direction = progress.direction.as_str(),
-            phase = progress.phase.as_str(),
-            done = progress.done,
-            total = progress.total,
-            "update_progress"
-        );
+        let mut logged_at = self.logged_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged_at.is_none_or(|at| at.elapsed() >= PROGRESS_LOG_PERIOD) {
+            *logged_at = Some(Instant::now());
+            tracing::info!(
+                migration_id = progress.migration_id,
+                direction = progress.direction.as_str(),
+                phase = progress.phase.as_str(),
+                done = progress.done,
+                total = progress.total,
+                "update_progress"
+            );
+        }
+        drop(logged_at);
         self.progress.send_replace(Some(progress));
     }
 
@@ -233,7 +276,13 @@ impl Updates {
             return Err(UpdateError::UnknownStatus(status.to_owned()));
         }
         let mut tx = self.pki.store.read().await?;
-        let rows = store::rows(&mut tx).await?;
+        let mut rows = store::rows(&mut tx).await?;
+        let halting = order::halting(&halt::read(&mut tx).await?.reasons);
+        if matches!(status, Some("pending" | "failed")) {
+            // What waits is listed in the order in which it is to be applied, as the page says.
+            let ordered = order::in_order(&order::waiting(&rows, &halting));
+            rows.sort_by_key(|row| ordered.iter().position(|id| *id == row.migration_id));
+        }
         let mut list = Vec::new();
         for row in rows.into_iter().filter(|row| status.is_none_or(|status| row.status == status)) {
             let declaration = registry::find(&row.migration_id).map(|migration| migration.declaration());
@@ -267,6 +316,12 @@ impl Updates {
             if let Some(error) = row.error {
                 item.insert("error".to_owned(), json!(error));
             }
+            if row.status == "failed" {
+                item.insert("remedy".to_owned(), json!(doctor::remedy(&row.migration_id)));
+            }
+            if halting.contains(&row.migration_id) {
+                item.insert("halts".to_owned(), json!(true));
+            }
             let requires = halt::list(row.requires.as_deref());
             if !requires.is_empty() {
                 item.insert("requires".to_owned(), json!(requires));
@@ -285,47 +340,94 @@ impl Updates {
         Ok(list)
     }
 
-    /// Computes the real change set, verifies it, and drops it.
-    pub async fn plan(&self, migration_id: &str) -> Result<Plan, UpdateError> {
+    /// Computes the change set of an apply, verifies it, and drops it.
+    pub async fn plan(self: &Arc<Self>, migration_id: &str) -> Result<Plan, UpdateError> {
         let migration = self.known(migration_id).await?;
-        engine::plan(self, migration).await
+        Ok(Rehearsal::begin(self, migration, Direction::Apply).await?.walk(None).await?.plan)
+    }
+
+    /// Computes what a rollback would restore, verifies it, and drops it.
+    pub async fn rollback_plan(self: &Arc<Self>, migration_id: &str) -> Result<Plan, UpdateError> {
+        let migration = self.known(migration_id).await?;
+        Ok(Rehearsal::begin(self, migration, Direction::Rollback).await?.walk(None).await?.plan)
+    }
+
+    /// A plan with every single change, one value each, as they are computed; the last one is the plan itself, or
+    /// `{"kind": "error"}`. A receiver that is dropped ends the work.
+    ///
+    /// Errors: those of a plan that show before the first change.
+    pub async fn full_plan(
+        self: &Arc<Self>,
+        migration_id: &str,
+        direction: Direction,
+    ) -> Result<mpsc::Receiver<Value>, UpdateError> {
+        /// Changes that wait for a slow reader.
+        const WAITING_MAX: usize = 256;
+        let migration = self.known(migration_id).await?;
+        let rehearsal = Rehearsal::begin(self, migration, direction).await?;
+        let (lines, reader) = mpsc::channel(WAITING_MAX);
+        tokio::spawn(async move {
+            let last = match rehearsal.walk(Some(lines.clone())).await {
+                Ok(rehearsed) => json!({ "kind": "plan", "plan": rehearsed.plan }),
+                Err(error) => json!({ "kind": "error", "detail": chain(&error) }),
+            };
+            // Nobody reads any more: nothing to tell.
+            let _gone = lines.send(last).await;
+        });
+        Ok(reader)
+    }
+
+    /// Rehearses what [`Self::apply`] or [`Self::rollback`] would do now, admission included.
+    ///
+    /// Errors: what they would be refused with; [`UpdateError::PlanChanged`] where `plan_digest` is another's.
+    pub async fn dry_run(
+        self: &Arc<Self>,
+        migration_id: &str,
+        direction: Direction,
+        plan_digest: Option<&str>,
+    ) -> Result<Plan, UpdateError> {
+        let migration = self.known(migration_id).await?;
+        order::admissible(&mut self.pki.store.read().await?, migration, direction).await?;
+        match plan_digest {
+            Some(digest) => Ok(rehearsal::compare(self, migration, direction, digest).await?.plan),
+            None => Ok(Rehearsal::begin(self, migration, direction).await?.walk(None).await?.plan),
+        }
     }
 
     /// Applies an update, or says why not. Nothing has changed when this fails before the commit.
     pub async fn apply(self: &Arc<Self>, migration_id: &str, actor: &str) -> Result<Done, UpdateError> {
-        let migration = self.known(migration_id).await?;
-        let run_id = self.admit(migration, Direction::Apply, actor).await?;
-        self.run(migration, run_id, Direction::Apply, actor).await
+        self.change(migration_id, Direction::Apply, actor, None).await
     }
 
     /// Rolls an update back to its snapshot, or says why not.
     pub async fn rollback(self: &Arc<Self>, migration_id: &str, actor: &str) -> Result<Done, UpdateError> {
+        self.change(migration_id, Direction::Rollback, actor, None).await
+    }
+
+    /// Applies or rolls back. `plan_digest`: only if the plan is still the one with this digest.
+    ///
+    /// An apply is held to it until its commit, a rollback until it begins. Errors: [`UpdateError::PlanChanged`].
+    pub async fn change(
+        self: &Arc<Self>,
+        migration_id: &str,
+        direction: Direction,
+        actor: &str,
+        plan_digest: Option<&str>,
+    ) -> Result<Done, UpdateError> {
         let migration = self.known(migration_id).await?;
-        let run_id = self.admit(migration, Direction::Rollback, actor).await?;
-        self.run(migration, run_id, Direction::Rollback, actor).await
+        let planned = match plan_digest {
+            Some(digest) => {
+                order::admissible(&mut self.pki.store.read().await?, migration, direction).await?;
+                Some(rehearsal::compare(self, migration, direction, digest).await?.before)
+            }
+            None => None,
+        };
+        let run_id = self.admit(migration, direction, actor).await?;
+        self.run(migration, run_id, direction, actor, planned).await
     }
 
     async fn known(&self, migration_id: &str) -> Result<&'static dyn Migration, UpdateError> {
         registry::find(migration_id).ok_or_else(|| UpdateError::Unknown(migration_id.to_owned()))
-    }
-
-    /// The first update that this one requires and that is still to be applied. One whose check finds nothing to do is
-    /// met, whatever its row says: what it repairs is right.
-    async fn unmet(&self, migration: &'static dyn Migration) -> Result<Option<&'static str>, UpdateError> {
-        for required in migration.declaration().requires.iter().copied() {
-            let Some(required_migration) = registry::find(required) else { continue };
-            let view = engine::view(self, required).await?;
-            if view.row_status.as_deref() == Some("applied") {
-                continue;
-            }
-            let need = tokio::task::spawn_blocking(move || required_migration.check(&view))
-                .await
-                .map_err(|_| UpdateError::Stopped)?;
-            if matches!(need, Need::Needed { .. } | Need::Refused(_)) {
-                return Ok(Some(required));
-            }
-        }
-        Ok(None)
     }
 
     /// Lets one run in, under the lock of the audit head (invariant I8).
@@ -336,41 +438,8 @@ impl Updates {
         actor: &str,
     ) -> Result<String, UpdateError> {
         let migration_id = migration.declaration().migration_id;
-        let unmet = if direction == Direction::Apply { self.unmet(migration).await? } else { None };
         let mut tx = self.pki.store.write().await?;
-        let rows = store::rows(&mut tx).await?;
-        let row = rows.iter().find(|row| row.migration_id == migration_id);
-        if direction == Direction::Apply && row.is_some_and(|row| row.status == "applied") {
-            return Err(UpdateError::AlreadyApplied);
-        }
-        if let Some(open) = store::open_run(&mut tx).await? {
-            return Err(UpdateError::Running { migration_id: open.migration_id });
-        }
-        match direction {
-            Direction::Rollback => {
-                if store::snapshot(&mut tx, migration_id).await?.is_none() {
-                    return Err(UpdateError::NoSnapshot);
-                }
-            }
-            Direction::Apply => {
-                if let Some(required) = unmet {
-                    return Err(UpdateError::OutOfOrder { first: required.to_owned() });
-                }
-                let halt = halt::read(&mut tx).await?;
-                match halt.reasons.first() {
-                    Some(HaltReason::StagedRotation { kid }) => {
-                        return Err(UpdateError::OutOfOrder {
-                            first: format!("the staged rotation to key {kid}"),
-                        });
-                    }
-                    Some(reason) if reason.migration_id() != Some(migration_id) => {
-                        let first = reason.migration_id().unwrap_or_default().to_owned();
-                        return Err(UpdateError::OutOfOrder { first });
-                    }
-                    _ => {}
-                }
-            }
-        }
+        order::admissible(&mut tx, migration, direction).await?;
         let now = self.pki.clock.now();
         let run_id = self.pki.entropy.ulid(now);
         store::begin_run(
@@ -399,14 +468,17 @@ impl Updates {
         run_id: String,
         direction: Direction,
         actor: &str,
+        planned: Option<String>,
     ) -> Result<Done, UpdateError> {
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
+        let migration_id = migration.declaration().migration_id;
         tokio::spawn(async move {
-            let (for_run, migration_id) = (Arc::clone(&updates), migration.declaration().migration_id);
+            let for_run = Arc::clone(&updates);
             // The inner task catches a panic, so that the end of the run is written down whatever happens.
             let (id, by) = (run_id.clone(), actor.clone());
             let result = tokio::spawn(async move {
-                let run = engine::Run { updates: &for_run, migration, run_id: id, actor: by, direction };
+                let run =
+                    engine::Run { updates: &for_run, migration, run_id: id, actor: by, direction, planned };
                 match direction {
                     Direction::Apply => run.apply().await,
                     Direction::Rollback => run.rollback().await.map(Some),
@@ -422,6 +494,9 @@ impl Updates {
             updates.running.store(false, Ordering::SeqCst);
             updates.progress.send_replace(None);
             updates.time(None);
+            if end.is_ok() {
+                tracing::info!(migration_id, run_id, direction = direction.as_str(), "update_run_ended");
+            }
             end
         })
         .await
@@ -551,6 +626,7 @@ impl Updates {
                 run_id: open.run_id.clone(),
                 actor: open.actor.clone(),
                 direction,
+                planned: None,
             };
             let result = run.activate().await;
             self.progress.send_replace(None);

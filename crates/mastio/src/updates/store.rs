@@ -937,3 +937,147 @@ pub async fn blocker(
         .await?;
     Ok(row.map(|row| row.text(0)).transpose()?)
 }
+
+/// A leaf as it stands, beside what the apply that is to be rolled back has of it.
+pub struct RollbackCell {
+    /// The leaf as it stands.
+    pub cell: FleetCell,
+    /// What the rollback sets back; `None` where it arose or changed since, and is carried back.
+    pub restore: Option<Option<String>>,
+}
+
+/// A page of the fleet's cells beside the images of the apply `run_id`.
+///
+/// `whole`: every image is set back whatever stands there, as of a torn run of the predecessor.
+pub async fn rollback_page(
+    tx: &mut impl Query,
+    column: FleetColumn,
+    run_id: &str,
+    whole: bool,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<RollbackCell>, StoreError> {
+    // What the apply wrote may have left the scope by that: an enrollment tag does.
+    let sql = fleet_sql!(column,
+        "SELECT a.agent_id, COALESCE(a." COLUMN ", ''), c.issuer_key_id, i.changes, i.after, \
+         CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END FROM internal_agents a \
+         LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
+         LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+         AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
+         WHERE a.agent_id > $2 AND (i.changes = 1 OR (" IN_SCOPE ")) ORDER BY a.agent_id LIMIT $3");
+    let rows = tx.rows(sql, values![run_id, after, limit]).await?;
+    let cells = fleet(&rows)?;
+    cells
+        .into_iter()
+        .zip(&rows)
+        .map(|(cell, row)| {
+            let restores = match row.optional_integer(3)? {
+                None => false,
+                Some(changes) => {
+                    whole || (changes == 1 && row.optional_text(4)?.as_ref() == Some(&cell.text))
+                }
+            };
+            let restore = if restores { Some(row.optional_text(5)?) } else { None };
+            Ok(RollbackCell { cell, restore })
+        })
+        .collect()
+}
+
+/// The last run of a migration, as far as those who watch it care.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunState {
+    /// ULID.
+    pub run_id: String,
+    /// `apply` or `rollback`.
+    pub direction: String,
+    /// Where it is.
+    pub phase: String,
+    /// Rows done of the phase.
+    pub done: i64,
+    /// Rows of the phase; 0 when it does not count.
+    pub total: i64,
+    /// When its change was committed.
+    pub committed_at: Option<String>,
+    /// When it ended.
+    pub finished_at: Option<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// The last run of `migration_id`, under way or ended.
+pub async fn last_run(tx: &mut impl Query, migration_id: &str) -> Result<Option<RunState>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT run_id, direction, phase, done, total, committed_at, finished_at, error FROM update_runs \
+             WHERE migration_id = $1 ORDER BY run_id DESC LIMIT 1",
+            values![migration_id],
+        )
+        .await?;
+    row.map(|row| {
+        Ok(RunState {
+            run_id: row.text(0)?,
+            direction: row.text(1)?,
+            phase: row.text(2)?,
+            done: row.integer(3)?,
+            total: row.integer(4)?,
+            committed_at: row.optional_text(5)?,
+            finished_at: row.optional_text(6)?,
+            error: row.optional_text(7)?,
+        })
+    })
+    .transpose()
+}
+
+/// When each migration's snapshot was taken, as stored.
+pub async fn snapshots_taken(tx: &mut impl Query) -> Result<Vec<(String, String)>, StoreError> {
+    tx.rows("SELECT migration_id, created_at FROM migration_state_backups ORDER BY migration_id", &[])
+        .await?
+        .iter()
+        .map(|row| Ok((row.text(0)?, row.text(1)?)))
+        .collect()
+}
+
+/// How many images a run has.
+pub async fn count_images(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT COUNT(*) FROM update_images WHERE run_id = $1", values![run_id]).await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// A run whose change is committed and whose stored state has not passed verification.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnverifiedRun {
+    /// Of which migration.
+    pub migration_id: String,
+    /// `apply` or `rollback`.
+    pub direction: String,
+    /// Why it did not verify.
+    pub error: Option<String>,
+}
+
+/// Ended runs that halt because their stored state has not passed verification.
+pub async fn unverified_runs(tx: &mut impl Query) -> Result<Vec<UnverifiedRun>, StoreError> {
+    tx.rows(
+        "SELECT migration_id, direction, error FROM update_runs WHERE halts = 1 \
+         AND committed_at IS NOT NULL AND verified_at IS NULL AND finished_at IS NOT NULL ORDER BY run_id",
+        &[],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(UnverifiedRun {
+            migration_id: row.text(0)?,
+            direction: row.text(1)?,
+            error: row.optional_text(2)?,
+        })
+    })
+    .collect()
+}
+
+/// Migrations whose check said that their repair cannot run here, with the reason.
+pub async fn impossible_checks(tx: &mut impl Query) -> Result<Vec<(String, String)>, StoreError> {
+    tx.rows("SELECT key, value FROM deploy_state WHERE key LIKE 'impossible_check:%' ORDER BY key", &[])
+        .await?
+        .iter()
+        .map(|row| Ok((row.text(0)?.trim_start_matches("impossible_check:").to_owned(), row.text(1)?)))
+        .collect()
+}

@@ -3,15 +3,19 @@
 //! [`fixtures`] walks every database that the predecessor left; [`chains`] has verifiers that share no code with us
 //! judge what an apply made; [`contract`] is what every migration meets, [`repairs`] what each does; [`crashes`] kills
 //! the process at every phase over a large fleet; [`fence`] engages the halt under load; [`rows`] lists every row of
-//! every database; [`refusals`] asks wrongly. [`server`] starts the binary, [`state`] reads what it left behind.
+//! every database; [`refusals`] asks wrongly; [`rehearsal`] plans and holds runs to plans; [`progress`] watches them;
+//! [`doctor`] has what was left explained. [`server`] starts the binary, [`state`] reads what it left behind.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod chains;
 mod contract;
 mod crashes;
+mod doctor;
 mod fence;
 mod fixtures;
+mod progress;
 mod refusals;
+mod rehearsal;
 mod repairs;
 mod rows;
 mod server;

@@ -52,7 +52,15 @@ fn only_the_admin_secret_opens_the_updates() {
     let confirmed = json!({ "confirm": true }).to_string();
     let routes = [
         ("GET", "/proxy/updates/api".to_owned()),
+        ("GET", "/proxy/updates/doctor".to_owned()),
+        ("GET", "/proxy/updates/snapshots".to_owned()),
         ("GET", format!("/proxy/updates/{MIGRATION}/plan")),
+        ("GET", format!("/proxy/updates/{MIGRATION}/plan?full=true")),
+        ("GET", format!("/proxy/updates/{MIGRATION}/rollback-plan")),
+        ("GET", format!("/proxy/updates/{MIGRATION}/progress")),
+        ("GET", format!("/proxy/updates/{MIGRATION}/events")),
+        ("POST", format!("/proxy/updates/{MIGRATION}/apply?dry_run=true")),
+        ("POST", format!("/proxy/updates/{MIGRATION}/rollback?dry_run=true")),
         ("POST", format!("/proxy/updates/{MIGRATION}/apply")),
         ("POST", format!("/proxy/updates/{MIGRATION}/rollback")),
     ];
@@ -76,7 +84,9 @@ fn an_unknown_update_is_not_found_and_an_unknown_status_is_invalid() {
             let answer = server.post(&format!("/proxy/updates/{id}/{verb}"), &json!({ "confirm": true }));
             assert_eq!(answer.status, 404, "{id} {verb}: {answer:?}");
         }
-        assert_eq!(server.get(&format!("/proxy/updates/{id}/plan")).status, 404, "{id}");
+        for what in ["plan", "rollback-plan", "events", "progress"] {
+            assert_eq!(server.get(&format!("/proxy/updates/{id}/{what}")).status, 404, "{id} {what}");
+        }
     }
     assert_eq!(server.get("/proxy/updates/api?status=open").status, 400);
     assert_eq!(server.get("/proxy/updates/api?status=applied").json(), json!([]));

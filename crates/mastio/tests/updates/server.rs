@@ -128,6 +128,13 @@ impl Deploy {
         }
     }
 
+    /// Another process's place on the same PostgreSQL database, with a data directory of its own.
+    pub fn replica(&self) -> Self {
+        assert!(matches!(self.database, Database::Postgres(_)), "a file has one server");
+        let folder = tempfile::tempdir().unwrap();
+        Self { folder, database: self.database.clone(), passphrase: self.passphrase }
+    }
+
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
