@@ -50,6 +50,25 @@ fn copy_files(from: &Path, to: &Path) {
     }
 }
 
+/// Which database a test runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    Sqlite,
+    Postgres,
+}
+
+impl On {
+    pub const BOTH: [Self; 2] = [Self::Sqlite, Self::Postgres];
+
+    /// As tables name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sqlite => "SQLite",
+            Self::Postgres => "PostgreSQL",
+        }
+    }
+}
+
 #[derive(Clone)]
 enum Database {
     Sqlite,
@@ -102,7 +121,20 @@ impl Deploy {
         Self { folder, database, passphrase: self.passphrase }
     }
 
-    /// The same deploy moved to a PostgreSQL database of its own. Needs a passphrase.
+    /// The same deploy on `on`. A legacy file gets to PostgreSQL as an operator's does: adopted where it lies, sealed
+    /// under a passphrase, then copied.
+    pub fn on(self, on: On) -> Self {
+        match on {
+            On::Sqlite => self,
+            On::Postgres => {
+                let deploy = self.with_passphrase();
+                deploy.start().stop();
+                deploy.on_postgres()
+            }
+        }
+    }
+
+    /// The same deploy, adopted, moved to a PostgreSQL database of its own. Needs a passphrase.
     pub fn on_postgres(self) -> Self {
         let url = create_postgres("");
         let copied = run(self.mastio(&["database", "copy"]).args(["--to", &url]));
@@ -206,24 +238,28 @@ impl Deploy {
         self.rows(&format!("SELECT ({sql}) AS n"))[0]["n"].as_i64().unwrap()
     }
 
-    /// A statement of an operator.
+    /// Statements of an operator, in one transaction that holds its locks from the first of them on.
     pub fn execute(&self, sql: &str) -> String {
         match &self.database {
             Database::Sqlite => {
+                let sql = format!("BEGIN IMMEDIATE; {sql}; COMMIT;");
                 output(Command::new("sqlite3").args(["-cmd", ".timeout 10000"]).arg(self.file()).arg(sql))
             }
-            Database::Postgres(url) => output(Command::new("psql").args([
-                "-X",
-                "-A",
-                "-t",
-                "-q",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                url,
-                "-c",
-                sql,
-            ])),
+            Database::Postgres(url) => {
+                let mut command = Command::new("psql");
+                command.args([
+                    "-X",
+                    "-A",
+                    "-t",
+                    "-q",
+                    "-v",
+                    "ON_ERROR_STOP=1",
+                    "-d",
+                    url,
+                    "--single-transaction",
+                ]);
+                output(command.args(["-c", sql]))
+            }
         }
     }
 
