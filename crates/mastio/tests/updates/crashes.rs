@@ -346,3 +346,40 @@ fn a_kill_at_any_moment_leaves_the_old_or_the_new_state_on_sqlite() {
 fn a_kill_at_any_moment_leaves_the_old_or_the_new_state_on_postgresql() {
     killed_at_any_moment(On::Postgres);
 }
+
+/// The database can be at a commit whose process is dead already: the next boot waits for it before it judges.
+#[test]
+fn a_commit_that_outlives_its_process_is_taken_up_by_the_next_boot() {
+    let deploy = Deploy::of("chain5").on(On::Postgres);
+    let old = PkiState::read(&deploy);
+    deploy.execute(
+        "CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS \
+         $$ BEGIN PERFORM pg_sleep(6); RETURN NULL; END $$; \
+         CREATE CONSTRAINT TRIGGER slow_commit AFTER UPDATE ON pending_updates DEFERRABLE INITIALLY DEFERRED \
+         FOR EACH ROW EXECUTE FUNCTION slow_commit()",
+    );
+    let server = deploy.start();
+    let url = server.url.clone();
+    let asked = std::thread::spawn(move || {
+        let path = format!("/proxy/updates/{MIGRATION}/apply");
+        request(&url, "POST", &path, Some(ADMIN_SECRET), Some(&json!({ "confirm": true }).to_string()))
+    });
+    let began = Instant::now();
+    let commits =
+        "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+    while deploy.count(commits) == 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "the commit was never reached");
+    }
+    server.kill();
+    let server = deploy.start();
+    assert_eq!(asked.join().unwrap().status, 0);
+    assert_told(&server, "apply", true);
+    assert_eq!(status(&deploy).as_deref(), Some("applied"));
+    assert_eq!(open_runs(&deploy), 0);
+    assert!(!server.halted(), "the repaired state has verified at this boot");
+    PkiState::read(&deploy).assert_repaired_from(&old);
+    assert_eq!(server.rollback().status, 200);
+    assert_eq!(PkiState::read(&deploy), old);
+    server.stop();
+    deploy.audit_verifies();
+}
