@@ -9,6 +9,8 @@ mod chains;
 mod crashes;
 mod fence;
 mod fixtures;
+#[path = "../harness/mod.rs"]
+mod harness;
 mod refusals;
 mod server;
 mod state;
