@@ -204,14 +204,31 @@ fn a_fleet_enrolled_by_python_calls_its_tools_before_the_halt_after_the_apply_an
 }
 
 #[test]
-fn a_fleet_whose_python_verifies_strictly_calls_its_tools_through_apply_and_rollback() {
+fn a_fleet_whose_python_verifies_strictly_calls_its_tools_through_apply_and_rollback_on_sqlite() {
     let Some(fleet) = Fleet::enrolled_by_python(Database::Sqlite) else { return };
     story(fleet, Python::Strict);
 }
 
 #[test]
-fn an_agent_created_after_the_apply_calls_a_tool_on_either_python_and_still_after_the_rollback() {
-    let Some(mut fleet) = Fleet::v01(Database::Sqlite) else { return };
+fn a_fleet_whose_python_verifies_strictly_calls_its_tools_through_apply_and_rollback_on_postgresql() {
+    let Some(fleet) = Fleet::enrolled_by_python(Database::Postgres) else { return };
+    story(fleet, Python::Strict);
+}
+
+#[test]
+fn an_agent_created_after_the_apply_calls_a_tool_on_either_python_and_still_after_the_rollback_on_sqlite() {
+    let Some(fleet) = Fleet::v01(Database::Sqlite) else { return };
+    created_after_the_apply(fleet);
+}
+
+#[test]
+fn an_agent_created_after_the_apply_calls_a_tool_on_either_python_and_still_after_the_rollback_on_postgresql()
+{
+    let Some(fleet) = Fleet::v01(Database::Postgres) else { return };
+    created_after_the_apply(fleet);
+}
+
+fn created_after_the_apply(mut fleet: Fleet) {
     let upstream = Upstream::start();
     fleet.deploy.start();
     fleet.deploy.apply().expect(200);

@@ -600,7 +600,8 @@ impl Updates {
     /// Finishes a run that a dead process left: at boot, and now and then for other replicas' runs.
     pub async fn recover(self: &Arc<Self>) -> Result<(), UpdateError> {
         let now = self.pki.clock.now().seconds();
-        let mut tx = self.pki.store.read().await?;
+        // Under the lock: PostgreSQL may still be at the last statement of the dead process, which can be its commit.
+        let mut tx = self.pki.store.write().await?;
         let Some(open) = store::open_run(&mut tx).await? else { return Ok(()) };
         drop(tx);
         let ours = open.replica == self.replica;

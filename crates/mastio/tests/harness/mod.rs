@@ -6,17 +6,18 @@
 // Each test file compiles this module for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod process;
 pub mod sdk;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use process::{Log, Process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -24,8 +25,8 @@ use tempfile::TempDir;
 pub const MIGRATION: &str = "2026-04-23-org-ca-pathlen-1";
 /// What the operator's `proxy.env` has.
 pub const ADMIN_SECRET: &str = "an-admin-secret-for-the-tests-0123456789";
-/// The passphrase that seals keys where the database is PostgreSQL.
-const PASSPHRASE: &str = "a-passphrase-for-the-tests-0123456789abcdef";
+/// What seals keys where the database is PostgreSQL, and what the predecessor's `py_encrypted` was made with.
+pub const PASSPHRASE: &str = "peer-test-passphrase-0123456789abcdef";
 /// How long anything that should happen may take on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks at a condition.
@@ -84,36 +85,10 @@ impl Answer {
         assert_eq!(self.status, status, "{}", self.body);
         if self.body.is_empty() { Value::Null } else { self.json() }
     }
-}
 
-/// The lines that a server has written, as they come.
-#[derive(Clone, Default)]
-struct Log(Arc<(Mutex<Vec<Value>>, Condvar)>);
-
-impl Log {
-    /// Reads `lines` to their end in a thread of its own. A line that is not JSON is kept as a string.
-    fn follow(&self, lines: impl std::io::Read + Send + 'static) {
-        let log = self.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(lines).lines().map_while(Result::ok) {
-                let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
-                log.0.0.lock().unwrap().push(line);
-                log.0.1.notify_all();
-            }
-        });
-    }
-
-    fn lines(&self) -> Vec<Value> {
-        self.0.0.lock().unwrap().clone()
-    }
-
-    /// The first line from `start` on that is `wanted`, waited for; nothing after the deadline.
-    fn wait(&self, start: usize, wanted: impl Fn(&Value) -> bool, deadline: Duration) -> Option<Value> {
-        let lines = self.0.0.lock().unwrap();
-        let found = |lines: &Vec<Value>| lines.iter().skip(start).find(|line| wanted(line)).cloned();
-        let (lines, _) =
-            self.0.1.wait_timeout_while(lines, deadline, |lines| found(lines).is_none()).unwrap();
-        found(&lines)
+    /// Why it was refused.
+    pub fn detail(&self) -> Value {
+        self.json()["detail"].clone()
     }
 }
 
@@ -124,9 +99,9 @@ pub struct Deploy {
     database_url: Option<String>,
     port: u16,
     settings: Vec<(String, String)>,
-    server: Option<Child>,
+    server: Option<Process>,
     log: Log,
-    /// How many log lines there were when the present server started.
+    /// How many log lines there were when the last server started.
     log_start: usize,
 }
 
@@ -184,20 +159,21 @@ impl Deploy {
     /// Puts the deploy on `database`. A legacy state gets to PostgreSQL as an operator's does: adopted where it lies,
     /// its keys sealed under the passphrase, then copied by `mastio database copy`.
     pub fn on(self, database: Database) -> Self {
-        let name = match database {
+        let url = match database {
             Database::Sqlite => return self,
-            Database::Postgres => format!("e2e_{}", unique()),
-            Database::PostgresByPageName => "cullis".to_owned(),
+            Database::Postgres => create_database(""),
+            Database::PostgresByPageName => {
+                let url = required_environment("MASTIO_TEST_POSTGRES_URL");
+                let name = url.rsplit_once('/').map(|(_, name)| name);
+                assert_eq!(
+                    name,
+                    Some("cullis"),
+                    "the page's psql line names the database cullis: run through ./test"
+                );
+                psql(&url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public");
+                url
+            }
         };
-        let server_url = required_environment("MASTIO_TEST_POSTGRES_URL");
-        let (base, given) = server_url.rsplit_once('/').expect("a database in MASTIO_TEST_POSTGRES_URL");
-        let url = format!("{base}/{name}");
-        if database == Database::PostgresByPageName {
-            assert_eq!(given, name, "the page's psql line names the database cullis: run through ./test");
-            psql(&url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public");
-        } else {
-            psql(&server_url, &format!("CREATE DATABASE {name}"));
-        }
         let mut deploy = self.set("MCP_PROXY_DB_ENCRYPTION_KEY", PASSPHRASE);
         if deploy.sqlite_file().exists() {
             deploy.start();
@@ -219,19 +195,8 @@ impl Deploy {
     /// Starts the server with `environment` beside `proxy.env` and waits until it listens.
     pub fn start_with(&mut self, environment: &[(&str, &str)]) {
         self.spawn(environment);
-        let wanted = |line: &Value| line["message"] == "listening";
-        let deadline = Instant::now() + DEADLINE;
-        let listening = loop {
-            if let Some(line) = self.log.wait(self.log_start, wanted, Duration::from_millis(200)) {
-                break line;
-            }
-            let ended = self.server.as_mut().unwrap().try_wait().unwrap();
-            assert!(
-                ended.is_none() && Instant::now() < deadline,
-                "the server does not listen ({ended:?}):\n{}",
-                self.log_text()
-            );
-        };
+        let listening = self.server.as_mut().unwrap().listening();
+        let listening = listening.unwrap_or_else(|status| panic!("no boot ({status}):\n{}", self.log_text()));
         let address = listening["address"].as_str().unwrap();
         self.port = address.rsplit_once(':').unwrap().1.parse().unwrap();
     }
@@ -245,19 +210,10 @@ impl Deploy {
     fn spawn(&mut self, environment: &[(&str, &str)]) {
         assert!(self.server.is_none(), "the server runs already");
         self.write_settings();
-        self.log_start = self.log.lines().len();
-        // The kernel ends the server with the test, however that ends.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).arg(env!("CARGO_BIN_EXE_mastio")).arg("serve");
-        let mut server = self
-            .here(command)
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        self.log.follow(server.stderr.take().unwrap());
+        let mut command = process::mastio();
+        command.arg("serve");
+        let server = Process::start(self.here(command).envs(environment.iter().copied()), &self.log);
+        self.log_start = server.log_start();
         self.server = Some(server);
     }
 
@@ -285,23 +241,17 @@ impl Deploy {
 
     /// Waits until the server has ended by itself. Returns its exit code (nothing after a signal).
     pub fn wait_for_its_end(&mut self) -> Option<i32> {
-        let mut server = self.server.take().expect("a server");
-        let status = wait_for("the end of the server", || server.try_wait().unwrap());
-        status.code()
+        self.server.take().expect("a server").wait_for_its_end().code()
     }
 
     /// Ends the server as an operator does, by SIGTERM, and waits until it has drained.
     pub fn stop(&mut self) {
-        let pid = self.server.as_ref().expect("a server").id().to_string();
-        run(Command::new("kill").args(["-TERM", &pid]));
-        assert_eq!(self.wait_for_its_end(), Some(0), "{}", self.log_text());
+        self.server.take().expect("a server").stop();
     }
 
     /// Ends the server as a power cut does.
     pub fn kill9(&mut self) {
-        let mut server = self.server.take().expect("a server");
-        server.kill().unwrap();
-        server.wait().unwrap();
+        self.server.take().expect("a server").kill9();
     }
 
     /// Stops the server and starts it again, at the address that its agents know.
@@ -357,7 +307,7 @@ impl Deploy {
 
     /// The log, to be shown when something is wrong.
     pub fn log_text(&self) -> String {
-        self.log.lines().iter().map(|line| format!("{line}\n")).collect()
+        self.log.text()
     }
 
     /// Waits for a line of the present server's log.
@@ -402,11 +352,7 @@ impl Deploy {
 
     /// One request by curl, `arguments` before the URL.
     pub fn curl(&self, path: &str, arguments: &[&str]) -> Answer {
-        let mut command = Command::new("curl");
-        command.args(["-sk", "--max-time", "120", "-w", "\n%{http_code}"]);
-        let output = run(command.args(arguments).arg(format!("{}{path}", self.url())));
-        let (body, status) = output.rsplit_once('\n').unwrap();
-        Answer { status: status.parse().unwrap(), body: body.to_owned() }
+        curl(&format!("{}{path}", self.url()), arguments)
     }
 
     /// GET without any credential.
@@ -465,28 +411,55 @@ impl Deploy {
 
 impl Drop for Deploy {
     fn drop(&mut self) {
-        if let Some(mut server) = self.server.take() {
-            // It may have ended by itself.
-            let _ended = server.kill();
-            let _ended = server.wait();
-        }
+        // Its last lines are in the log then, and nobody uses the database.
+        drop(self.server.take());
         if std::thread::panicking() {
             println!("---- log of the server\n{}", self.log_text());
         }
         if let (Database::Postgres, Some(url)) = (self.database, &self.database_url) {
-            let (_, name) = url.rsplit_once('/').unwrap_or_default();
-            let drop = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
-            let server_url = std::env::var("MASTIO_TEST_POSTGRES_URL").unwrap_or_default();
-            // The whole server is thrown away at the end; what is left here lives no longer.
-            let _dropped = Command::new("psql").args(["-X", "-q", &server_url, "-c", &drop]).output();
+            drop_database(url);
         }
     }
+}
+
+/// Creates a database of the test's own in the PostgreSQL that `./test` runs. Returns its URL.
+///
+/// `options` is the rest of the statement: `TEMPLATE name`, or empty.
+pub fn create_database(options: &str) -> String {
+    let server_url = required_environment("MASTIO_TEST_POSTGRES_URL");
+    let (base, _) = server_url.rsplit_once('/').expect("a database in MASTIO_TEST_POSTGRES_URL");
+    let name = format!("e2e_{}", unique());
+    psql(&server_url, &format!("CREATE DATABASE {name} {options}"));
+    format!("{base}/{name}")
+}
+
+/// Drops a database that [`create_database`] made.
+pub fn drop_database(url: &str) {
+    let (_, name) = url.rsplit_once('/').unwrap_or_default();
+    let drop = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
+    let server_url = std::env::var("MASTIO_TEST_POSTGRES_URL").unwrap_or_default();
+    // The whole server is thrown away at the end; what is left here lives no longer.
+    let _dropped = Command::new("psql").args(["-X", "-q", &server_url, "-c", &drop]).output();
 }
 
 /// A name that no other test has.
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     format!("{}_{}", std::process::id(), now.as_nanos())
+}
+
+/// One request by curl to any server, `arguments` before the URL.
+pub fn curl(url: &str, arguments: &[&str]) -> Answer {
+    let mut command = Command::new("curl");
+    command.args(["-sk", "--max-time", "120", "-w", "\n%{http_code}"]);
+    let output = run(command.args(arguments).arg(url));
+    let (body, status) = output.rsplit_once('\n').unwrap();
+    Answer { status: status.parse().unwrap(), body: body.to_owned() }
+}
+
+/// A port that nobody has right now, for programs that cannot pick one themselves.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
 /// Looks until `look` sees something; fails after the deadline, naming `what`.

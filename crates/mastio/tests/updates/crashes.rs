@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::server::{ADMIN_SECRET, Answer, Deploy, MIGRATION, Server, legacy, output, request, variable};
+use crate::server::{ADMIN_SECRET, Answer, Deploy, MIGRATION, On, Server, legacy, output, request, variable};
 use crate::state::{PkiState, certificate, open_runs, status, text};
 
 const AGENTS: usize = 1000;
@@ -31,11 +31,11 @@ const ROLLBACK_POINTS: [(&str, bool); 5] = [
     ("rollback.activate", true),
 ];
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum On {
-    Sqlite,
-    Postgres,
-}
+/// How often a process is killed in each direction where `MASTIO_TEST_KILLS` does not say.
+const KILLS: u32 = 6;
+/// A row of a newer version: it halts before, during and after every rollback here, and no crash may lose it.
+const OTHER_HALT: &str = "INSERT INTO pending_updates (migration_id, detected_at, status) \
+     VALUES ('2027-01-01-of-a-newer-version', '2027-01-01T00:00:00Z', 'pending')";
 
 /// A legacy deploy of [`AGENTS`] agents, booted once and stopped.
 fn thousand_agents(on: On) -> Deploy {
@@ -133,9 +133,10 @@ fn assert_nothing_between(deploy: &Deploy, server: &Server, old: &PkiState, dire
         assert!(matches!(status(deploy).as_deref(), Some("pending" | "failed")), "{:?}", status(deploy));
         assert!(server.halted(), "a halt was lost");
     } else {
-        assert!(!server.halted());
+        assert!(server.halted(), "a halt was lost");
     }
     assert_eq!(open_runs(deploy), 0, "a run was left open");
+    assert_eq!(deploy.count("SELECT COUNT(*) FROM internal_agents"), i64::try_from(AGENTS).unwrap());
     new
 }
 
@@ -147,29 +148,44 @@ fn assert_told(server: &Server, direction: &str, new: bool) {
     assert!(message.contains(if new { "wholly new" } else { "wholly old" }), "{message}");
 }
 
-/// The undisturbed run, for comparison; gives the deploy with its update applied, stopped.
-fn undisturbed(deploy: &Deploy, old: &PkiState) -> (Deploy, End, End) {
+/// What comes of runs that nothing disturbs.
+struct Undisturbed {
+    /// The update applied and the server stopped, another halt standing.
+    applied: Deploy,
+    end_of_apply: End,
+    end_of_rollback: End,
+    apply: Duration,
+    rollback: Duration,
+}
+
+fn undisturbed(deploy: &Deploy, old: &PkiState) -> Undisturbed {
     let applied = deploy.copy();
     let server = applied.start();
     assert!(server.halted());
+    let began = Instant::now();
     assert_eq!(server.apply().status, 200);
+    let apply = began.elapsed();
     let end_of_apply = End::read(&applied, &server, old);
     assert_eq!(end_of_apply.superseded.len(), AGENTS);
     server.stop();
+    applied.execute(OTHER_HALT);
     let rolled_back = applied.copy();
     let server = rolled_back.start();
+    assert!(server.halted());
+    let began = Instant::now();
     assert_eq!(server.rollback().status, 200);
+    let rollback = began.elapsed();
     assert_eq!(PkiState::read(&rolled_back), *old);
     let end_of_rollback = End::read(&rolled_back, &server, old);
     server.stop();
-    (applied, end_of_apply, end_of_rollback)
+    Undisturbed { applied, end_of_apply, end_of_rollback, apply, rollback }
 }
 
 fn dies_at_every_point(on: On) {
     let deploy = thousand_agents(on);
     let old = PkiState::read(&deploy);
     assert_eq!(old.leaves.len(), AGENTS);
-    let (applied, end_of_apply, end_of_rollback) = undisturbed(&deploy, &old);
+    let Undisturbed { applied, end_of_apply, end_of_rollback, .. } = undisturbed(&deploy, &old);
     let repaired = PkiState::read(&applied);
 
     println!("{:<10} {:<24} {:<12} completed", "direction", "crash point", "found");
@@ -255,44 +271,116 @@ fn every_crash_point_of_the_engine_is_walked() {
     assert_eq!(named, walked);
 }
 
+fn kills() -> u32 {
+    match std::env::var("MASTIO_TEST_KILLS") {
+        Ok(number) => number.parse().unwrap_or_else(|_| panic!("MASTIO_TEST_KILLS is no number: {number}")),
+        Err(_) => KILLS,
+    }
+}
+
+/// Asks for a run, kills the server at a share of its length, and starts it again at once: on PostgreSQL the dead
+/// process's last statement may still be at work. Gives the answer, if one came, and the server that now runs.
+fn killed(deploy: &Deploy, verb: &str, length: Duration, share: f64) -> (Answer, Server) {
+    let server = deploy.start();
+    let (url, path) = (server.url.clone(), format!("/proxy/updates/{MIGRATION}/{verb}"));
+    let asked = std::thread::spawn(move || {
+        request(&url, "POST", &path, Some(ADMIN_SECRET), Some(&json!({ "confirm": true }).to_string()))
+    });
+    // Not a wait for anything: the moment is the point.
+    std::thread::sleep(length.mul_f64(share) + Duration::from_millis(5));
+    server.kill();
+    let server = deploy.start();
+    (asked.join().unwrap(), server)
+}
+
 /// `kill -9` from outside, at moments that no one has chosen.
-#[test]
-fn a_kill_at_any_moment_leaves_the_old_or_the_new_state() {
-    let deploy = thousand_agents(On::Sqlite);
+fn killed_at_any_moment(on: On) {
+    let deploy = thousand_agents(on);
     let old = PkiState::read(&deploy);
-    let undisturbed = deploy.copy();
-    let server = undisturbed.start();
-    let began = Instant::now();
-    assert_eq!(server.apply().status, 200);
-    let length = began.elapsed();
-    let end_of_apply = End::read(&undisturbed, &server, &old);
-    server.stop();
-    for seed in 1..=10_u32 {
-        let deploy = deploy.copy();
-        let server = deploy.start();
-        let url = server.url.clone();
-        let path = format!("/proxy/updates/{MIGRATION}/apply");
-        let asked = std::thread::spawn(move || {
-            request(&url, "POST", &path, Some(ADMIN_SECRET), Some(&json!({ "confirm": true }).to_string()))
-        });
+    let Undisturbed { applied, end_of_apply, end_of_rollback, apply, rollback } = undisturbed(&deploy, &old);
+    let repaired = PkiState::read(&applied);
+    for seed in 1..=kills() {
         // Spread over the length of a run by the golden ratio: no two seeds fall together.
         let share = (f64::from(seed) * 0.618_033_988_75).fract();
-        std::thread::sleep(length.mul_f64(share) + Duration::from_millis(5));
-        server.kill();
-        let answer = asked.join().unwrap();
-        let server = deploy.start();
-        let new = assert_nothing_between(&deploy, &server, &old, "apply");
-        assert!(answer.status == 0 || new, "seed {seed}: {answer:?}, and the state is old");
-        let again = server.apply();
-        assert_eq!(again.status, if new { 409 } else { 200 }, "seed {seed}: {again:?}");
-        PkiState::read(&deploy).assert_repaired_from(&old);
-        assert_eq!(End::read(&deploy, &server, &old), end_of_apply, "seed {seed}");
-        server.stop();
-        deploy.audit_verifies();
-        println!(
-            "seed {seed:>2} at {:>3.0} %: {}",
-            share * 100.0,
-            if new { "wholly new" } else { "wholly old" }
-        );
+        for verb in ["apply", "rollback"] {
+            let (from, length) = if verb == "apply" { (&deploy, apply) } else { (&applied, rollback) };
+            let deploy = from.copy();
+            let (answer, server) = killed(&deploy, verb, length, share);
+            let before = if verb == "apply" { &old } else { &repaired };
+            let new = assert_nothing_between(&deploy, &server, before, verb);
+            let what = format!("{verb}, seed {seed}");
+            assert!(answer.status == 0 || new, "{what}: {answer:?}, and the state is old");
+            if verb == "apply" {
+                let again = server.apply();
+                assert_eq!(again.status, if new { 409 } else { 200 }, "{what}: {again:?}");
+                PkiState::read(&deploy).assert_repaired_from(&old);
+                assert_eq!(End::read(&deploy, &server, &old), end_of_apply, "{what}");
+            } else {
+                assert_eq!(
+                    PkiState::read(&deploy),
+                    if new { old.clone() } else { repaired.clone() },
+                    "{what}"
+                );
+                let again = server.rollback();
+                assert_eq!(again.status, if new { 404 } else { 200 }, "{what}: {again:?}");
+                assert_eq!(PkiState::read(&deploy), old, "{what}");
+                assert_eq!(End::read(&deploy, &server, &old), end_of_rollback, "{what}");
+            }
+            server.stop();
+            deploy.audit_verifies();
+            println!(
+                "{:<10} {verb:<8} seed {seed:>3} at {:>2.0} % of {length:.1?}: {}",
+                on.name(),
+                share * 100.0,
+                if new { "wholly new" } else { "wholly old" }
+            );
+        }
     }
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_the_old_or_the_new_state_on_sqlite() {
+    killed_at_any_moment(On::Sqlite);
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_the_old_or_the_new_state_on_postgresql() {
+    killed_at_any_moment(On::Postgres);
+}
+
+/// The database can be at a commit whose process is dead already: the next boot waits for it before it judges.
+#[test]
+fn a_commit_that_outlives_its_process_is_taken_up_by_the_next_boot() {
+    let deploy = Deploy::of("chain5").on(On::Postgres);
+    let old = PkiState::read(&deploy);
+    deploy.execute(
+        "CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS \
+         $$ BEGIN PERFORM pg_sleep(6); RETURN NULL; END $$; \
+         CREATE CONSTRAINT TRIGGER slow_commit AFTER UPDATE ON pending_updates DEFERRABLE INITIALLY DEFERRED \
+         FOR EACH ROW EXECUTE FUNCTION slow_commit()",
+    );
+    let server = deploy.start();
+    let url = server.url.clone();
+    let asked = std::thread::spawn(move || {
+        let path = format!("/proxy/updates/{MIGRATION}/apply");
+        request(&url, "POST", &path, Some(ADMIN_SECRET), Some(&json!({ "confirm": true }).to_string()))
+    });
+    let began = Instant::now();
+    let commits =
+        "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+    while deploy.count(commits) == 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "the commit was never reached");
+    }
+    server.kill();
+    let server = deploy.start();
+    assert_eq!(asked.join().unwrap().status, 0);
+    assert_told(&server, "apply", true);
+    assert_eq!(status(&deploy).as_deref(), Some("applied"));
+    assert_eq!(open_runs(&deploy), 0);
+    assert!(!server.halted(), "the repaired state has verified at this boot");
+    PkiState::read(&deploy).assert_repaired_from(&old);
+    assert_eq!(server.rollback().status, 200);
+    assert_eq!(PkiState::read(&deploy), old);
+    server.stop();
+    deploy.audit_verifies();
 }

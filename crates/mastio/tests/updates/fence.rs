@@ -1,4 +1,4 @@
-//! The fence of the halt under load, and runs that come together.
+//! The fence of the halt under load, and runs that come together, on both databases.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mastio::demo::agent::{AgentClient, AgentError};
 use serde_json::{Value, json};
 
-use crate::server::{ADMIN_SECRET, Deploy, MIGRATION, Server, legacy, request};
+use crate::server::{ADMIN_SECRET, Deploy, MIGRATION, On, Server, legacy, request};
 use crate::state::{PkiState, open_runs, status};
 
 const CALLERS: usize = 16;
@@ -60,16 +60,16 @@ async fn rises(counter: &AtomicU64, by: u64) -> Duration {
 /// Engages the halt as an operator's SQL does. Gives the head's sequence at the bump, read in the same transaction.
 fn engage(deploy: &Deploy, other: &str) -> i64 {
     let told = deploy.execute(&format!(
-        "BEGIN IMMEDIATE; INSERT INTO pending_updates (migration_id, detected_at, status) \
-         VALUES ('{other}', '2026-01-01T00:00:00Z', 'pending'); SELECT epoch_sequence FROM audit_head; COMMIT;"
+        "INSERT INTO pending_updates (migration_id, detected_at, status) \
+         VALUES ('{other}', '2026-01-01T00:00:00Z', 'pending'); SELECT epoch_sequence FROM audit_head"
     ));
     told.trim().parse().unwrap()
 }
 
 fn release(deploy: &Deploy, other: &str) -> i64 {
     let told = deploy.execute(&format!(
-        "BEGIN IMMEDIATE; UPDATE pending_updates SET status = 'rolled_back' WHERE migration_id = '{other}'; \
-         SELECT epoch_sequence FROM audit_head; COMMIT;"
+        "UPDATE pending_updates SET status = 'rolled_back' WHERE migration_id = '{other}'; \
+         SELECT epoch_sequence FROM audit_head"
     ));
     told.trim().parse().unwrap()
 }
@@ -80,9 +80,8 @@ fn tokens_between(deploy: &Deploy, after: i64, up_to: i64) -> i64 {
     ))
 }
 
-#[test]
-fn no_token_is_issued_after_the_halt_that_sqlite3_engages() {
-    let deploy = Deploy::of("py_rolled_back");
+fn no_token_is_issued_after_the_halt_that_sql_engages(on: On) {
+    let deploy = Deploy::of("py_rolled_back").on(on);
     let server = deploy.start();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -130,8 +129,17 @@ fn no_token_is_issued_after_the_halt_that_sqlite3_engages() {
 }
 
 #[test]
-fn agents_mint_before_during_and_after_an_apply_but_never_inside_the_halt() {
-    let deploy = Deploy::of("py_rolled_back");
+fn no_token_is_issued_after_the_halt_that_sqlite3_engages() {
+    no_token_is_issued_after_the_halt_that_sql_engages(On::Sqlite);
+}
+
+#[test]
+fn no_token_is_issued_after_the_halt_that_psql_engages() {
+    no_token_is_issued_after_the_halt_that_sql_engages(On::Postgres);
+}
+
+fn agents_mint_around_an_apply_and_never_inside_the_halt(on: On) {
+    let deploy = Deploy::of("py_rolled_back").on(on);
     let server = deploy.start();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -167,6 +175,16 @@ fn agents_mint_before_during_and_after_an_apply_but_never_inside_the_halt() {
     deploy.audit_verifies();
 }
 
+#[test]
+fn agents_mint_before_during_and_after_an_apply_but_never_inside_the_halt_on_sqlite() {
+    agents_mint_around_an_apply_and_never_inside_the_halt(On::Sqlite);
+}
+
+#[test]
+fn agents_mint_before_during_and_after_an_apply_but_never_inside_the_halt_on_postgresql() {
+    agents_mint_around_an_apply_and_never_inside_the_halt(On::Postgres);
+}
+
 /// The answers of `callers` who ask for the same at once.
 fn together(server: &Server, verb: &str, callers: usize) -> Vec<(u16, Value)> {
     let path = format!("/proxy/updates/{MIGRATION}/{verb}");
@@ -185,10 +203,9 @@ fn together(server: &Server, verb: &str, callers: usize) -> Vec<(u16, Value)> {
     answers
 }
 
-#[test]
-fn of_two_that_come_together_one_is_let_in() {
+fn of_those_that_come_together_one_is_let_in(on: On) {
     for callers in [2, 8] {
-        let deploy = Deploy::of("chain5");
+        let deploy = Deploy::of("chain5").on(on);
         let server = deploy.start();
         let before = PkiState::read(&deploy);
         let answers = together(&server, "apply", callers);
@@ -210,4 +227,14 @@ fn of_two_that_come_together_one_is_let_in() {
         server.stop();
         deploy.audit_verifies();
     }
+}
+
+#[test]
+fn of_two_that_come_together_one_is_let_in_on_sqlite() {
+    of_those_that_come_together_one_is_let_in(On::Sqlite);
+}
+
+#[test]
+fn of_two_that_come_together_one_is_let_in_on_postgresql() {
+    of_those_that_come_together_one_is_let_in(On::Postgres);
 }

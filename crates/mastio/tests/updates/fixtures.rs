@@ -1,5 +1,6 @@
 //! Every database that the predecessor left: what it does at boot, on apply, on rollback, and at the next boot.
 //!
+//! Each is adopted where it lies, and walked there and on PostgreSQL, to which it is copied.
 //! [`CASES`] is the last table of `fixtures/legacy/README.md`, row by row; its cells marked (2) are listed as owed.
 
 use std::collections::BTreeSet;
@@ -13,7 +14,7 @@ use mastio::demo::agent::{AgentClient, AgentError};
 use serde_json::{Value, json};
 
 use crate::rows;
-use crate::server::{Deploy, MIGRATION, PASSPHRASE, Server, legacy, output};
+use crate::server::{Deploy, MIGRATION, On, PASSPHRASE, Server, legacy, output};
 use crate::state::{PkiState, certificate, dump, open_runs, status, text};
 
 const LEGACY_ROOT: &str = "org_ca_legacy_pathlen_zero";
@@ -250,9 +251,10 @@ struct Line {
     rollback: String,
 }
 
-fn walk(case: &Case) -> Line {
+fn walk(case: &Case, on: On) -> Line {
     let fixture = case.fixture;
     let deploy = deploy_of(fixture);
+    let deploy = if on == On::Postgres { deploy.with_passphrase() } else { deploy };
     let in_file = PkiState::read(&deploy);
 
     // The boot that adopts.
@@ -265,7 +267,6 @@ fn walk(case: &Case) -> Line {
     server.stop();
     deploy.audit_verifies();
     let adopted = PkiState::read(&deploy);
-    let first = dump(&deploy);
     if fixture == "py_encrypted" {
         adopted.assert_rest_is(&PkiState { org_ca: in_file.org_ca, mastio_ca: None, ..adopted.clone() });
         assert_eq!(in_file.leaves, adopted.leaves);
@@ -277,7 +278,12 @@ fn walk(case: &Case) -> Line {
         assert_eq!(in_file.config, adopted.config, "{fixture}: the org id or another setting moved");
     }
 
+    let deploy = if on == On::Postgres { deploy.on_postgres() } else { deploy };
+    assert_eq!(PkiState::read(&deploy), adopted, "{fixture}: the copy is another state");
+    deploy.audit_verifies();
+
     // A boot that finds nothing to do.
+    let first = dump(&deploy);
     let server = deploy.start();
     server.stop();
     let second = dump(&deploy);
@@ -412,31 +418,33 @@ fn assert_snapshot_in_file_restored(fixture: &str, restored: &PkiState) {
 }
 
 #[test]
-fn every_fixture_does_what_its_table_says() {
-    let (next, lines) = (AtomicUsize::new(0), Mutex::new(vec![None; CASES.len()]));
+fn every_fixture_does_what_its_table_says_on_both_databases() {
+    let walks: Vec<_> = CASES.iter().flat_map(|case| On::BOTH.map(|on| (case, on))).collect();
+    let (next, lines) = (AtomicUsize::new(0), Mutex::new(vec![None; walks.len()]));
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
-                while let Some(case) = CASES.get(next.fetch_add(1, Ordering::SeqCst)) {
-                    let walked = catch_unwind(AssertUnwindSafe(|| walk(case)));
-                    let index = CASES.iter().position(|other| other.fixture == case.fixture).unwrap();
-                    lines.lock().unwrap()[index] = Some(walked.ok().map(|line| {
-                        format!("{:<24} {:<72} {:<46} {}", case.fixture, line.boot, line.apply, line.rollback)
-                    }));
+                loop {
+                    let index = next.fetch_add(1, Ordering::SeqCst);
+                    let Some((case, on)) = walks.get(index) else { break };
+                    let walked = catch_unwind(AssertUnwindSafe(|| walk(case, *on)));
+                    lines.lock().unwrap()[index] = walked
+                        .ok()
+                        .map(|line| format!("{:<72} {:<46} {}", line.boot, line.apply, line.rollback));
                 }
             });
         }
     });
-    println!("{:<24} {:<72} {:<46} on rollback", "file", "at boot", "on apply");
+    println!("{:<24} {:<11} {:<72} {:<46} on rollback", "file", "on", "at boot", "on apply");
     let lines = lines.into_inner().unwrap();
     let mut failed = Vec::new();
-    for (case, line) in CASES.iter().zip(lines) {
-        match line.flatten() {
-            Some(line) => println!("{line}"),
-            None => failed.push(case.fixture),
+    for ((case, on), line) in walks.iter().zip(lines) {
+        match line {
+            Some(line) => println!("{:<24} {:<11} {line}", case.fixture, on.name()),
+            None => failed.push((case.fixture, on.name())),
         }
-        if !case.owed.is_empty() {
-            println!("{:<24} owed: {}", "", case.owed);
+        if *on == On::Postgres && !case.owed.is_empty() {
+            println!("{:<24} {:<11} owed: {}", "", "", case.owed);
         }
     }
     assert!(failed.is_empty(), "{failed:?} did something else");

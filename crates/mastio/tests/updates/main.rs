@@ -13,6 +13,8 @@ mod crashes;
 mod doctor;
 mod fence;
 mod fixtures;
+#[path = "../harness/mod.rs"]
+mod harness;
 mod progress;
 mod refusals;
 mod rehearsal;

@@ -1,20 +1,19 @@
 //! One deploy with a world of its own: a data directory, a database, a port, and the real binary on it.
+//!
+//! Where the deploy of `harness` has its server in it, this one and its servers are apart: a test copies a deploy as
+//! it lies, and starts on it what will crash.
 
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::process::{Command, ExitStatus, Output};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub const MIGRATION: &str = "2026-04-23-org-ca-pathlen-1";
-pub const ADMIN_SECRET: &str = "the-secret-of-these-tests-0123456789";
-pub const PASSPHRASE: &str = "peer-test-passphrase-0123456789abcdef";
-/// A boot, an apply on a thousand agents in a debug build: far above what either takes.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::harness::process::{self, Log, Process};
+pub use crate::harness::{
+    ADMIN_SECRET, Answer, MIGRATION, PASSPHRASE, required_environment as variable, run as output,
+};
+use crate::harness::{create_database, drop_database, psql, run_with_input, sqlite3};
 
 /// The shared folder with the predecessor's databases.
 pub fn legacy(path: &str) -> PathBuf {
@@ -22,23 +21,9 @@ pub fn legacy(path: &str) -> PathBuf {
     Path::new(&shared).join("fixtures/legacy").join(path)
 }
 
-/// What `./test` exports.
-pub fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run through ./test"))
-}
-
-/// Runs a program of the system to its end.
+/// Runs a program of the system to its end, whatever that is.
 pub fn run(command: &mut Command) -> Output {
-    let program = command.get_program().to_string_lossy().into_owned();
-    command.output().unwrap_or_else(|error| panic!("{program} does not run ({error}): run through ./test"))
-}
-
-/// Runs a program that has to succeed, and gives what it wrote.
-pub fn output(command: &mut Command) -> String {
-    let output = run(command);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {error}");
-    String::from_utf8(output.stdout).unwrap()
+    run_with_input(command, "")
 }
 
 /// Copies a folder's files.
@@ -47,6 +32,25 @@ fn copy_files(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+/// Which database a test runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    Sqlite,
+    Postgres,
+}
+
+impl On {
+    pub const BOTH: [Self; 2] = [Self::Sqlite, Self::Postgres];
+
+    /// As tables name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sqlite => "SQLite",
+            Self::Postgres => "PostgreSQL",
+        }
     }
 }
 
@@ -108,15 +112,28 @@ impl Deploy {
             Database::Sqlite => Database::Sqlite,
             Database::Postgres(url) => {
                 let (_, template) = url.rsplit_once('/').unwrap();
-                Database::Postgres(create_postgres(&format!("TEMPLATE {template}")))
+                Database::Postgres(create_database(&format!("TEMPLATE {template}")))
             }
         };
         Self { folder, database, passphrase: self.passphrase, variable: self.variable }
     }
 
-    /// The same deploy moved to a PostgreSQL database of its own. Needs a passphrase.
+    /// The same deploy on `on`. A legacy file gets to PostgreSQL as an operator's does: adopted where it lies, sealed
+    /// under a passphrase, then copied.
+    pub fn on(self, on: On) -> Self {
+        match on {
+            On::Sqlite => self,
+            On::Postgres => {
+                let deploy = self.with_passphrase();
+                deploy.start().stop();
+                deploy.on_postgres()
+            }
+        }
+    }
+
+    /// The same deploy, adopted, moved to a PostgreSQL database of its own. Needs a passphrase.
     pub fn on_postgres(self) -> Self {
-        let url = create_postgres("");
+        let url = create_database("");
         let copied = run(self.mastio(&["database", "copy"]).args(["--to", &url]));
         assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
         let folder = tempfile::tempdir().unwrap();
@@ -132,7 +149,7 @@ impl Deploy {
     pub fn replica(&self) -> Self {
         assert!(matches!(self.database, Database::Postgres(_)), "a file has one server");
         let folder = tempfile::tempdir().unwrap();
-        Self { folder, database: self.database.clone(), passphrase: self.passphrase }
+        Self { folder, database: self.database.clone(), passphrase: self.passphrase, variable: self.variable }
     }
 
     pub fn folder(&self) -> &Path {
@@ -146,7 +163,7 @@ impl Deploy {
 
     /// The binary with this deploy's settings.
     pub fn mastio(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mastio"));
+        let mut command = process::mastio();
         command
             .args(arguments)
             .env_clear()
@@ -178,34 +195,11 @@ impl Deploy {
 
     /// Starts the server; what it wrote, where it did not come up.
     pub fn start_with(&self, variables: &[(&str, &str)]) -> Result<Server, (ExitStatus, String)> {
-        let mut command = self.mastio(&["serve"]);
-        command.envs(variables.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null());
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let (listening, listens) = mpsc::channel();
-        let (lines, stderr) = (Arc::clone(&log), child.stderr.take().unwrap());
-        // Ends with the process, which closes its end.
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                let event = serde_json::from_str(&line).unwrap_or_else(|_| json!({ "text": line }));
-                let url =
-                    (event["message"] == "listening").then(|| event["url"].as_str().unwrap().to_owned());
-                lines.lock().unwrap().push(event);
-                if let Some(url) = url {
-                    let _nobody_waits = listening.send(url);
-                }
-            }
-        });
-        match listens.recv_timeout(PATIENCE) {
-            Ok(url) => Ok(Server { child, url, log }),
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                let text = log.lock().unwrap().iter().map(|event| format!("{event}\n")).collect();
-                Err((child.wait().unwrap(), text))
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                child.kill().unwrap();
-                panic!("the server does not listen");
-            }
+        let log = Log::default();
+        let mut process = Process::start(self.mastio(&["serve"]).envs(variables.iter().copied()), &log);
+        match process.listening() {
+            Ok(line) => Ok(Server { process, url: line["url"].as_str().unwrap().to_owned(), log }),
+            Err(status) => Err((status, log.text())),
         }
     }
 
@@ -219,8 +213,7 @@ impl Deploy {
                 if text.trim().is_empty() { Vec::new() } else { serde_json::from_str(&text).unwrap() }
             }
             Database::Postgres(url) => {
-                let wrapped = format!("SELECT row_to_json(t) FROM ({sql}) t");
-                let text = output(Command::new("psql").args(["-X", "-A", "-t", "-d", url, "-c", &wrapped]));
+                let text = psql(url, &format!("SELECT row_to_json(t) FROM ({sql}) t"));
                 text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
             }
         }
@@ -231,24 +224,12 @@ impl Deploy {
         self.rows(&format!("SELECT ({sql}) AS n"))[0]["n"].as_i64().unwrap()
     }
 
-    /// A statement of an operator.
+    /// Statements of an operator, in one transaction that holds its locks from the first of them on.
     pub fn execute(&self, sql: &str) -> String {
         match &self.database {
-            Database::Sqlite => {
-                output(Command::new("sqlite3").args(["-cmd", ".timeout 10000"]).arg(self.file()).arg(sql))
-            }
-            Database::Postgres(url) => output(Command::new("psql").args([
-                "-X",
-                "-A",
-                "-t",
-                "-q",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                url,
-                "-c",
-                sql,
-            ])),
+            Database::Sqlite => sqlite3(&self.file(), &format!("BEGIN IMMEDIATE; {sql}; COMMIT;")),
+            // Statements that come together are one transaction.
+            Database::Postgres(url) => psql(url, sql),
         }
     }
 
@@ -262,49 +243,16 @@ impl Deploy {
 impl Drop for Deploy {
     fn drop(&mut self) {
         if let Database::Postgres(url) = &self.database {
-            let (server, name) = url.rsplit_once('/').unwrap();
-            // Best effort: the whole cluster goes when `./test` ends.
-            let _dropped = Command::new("psql")
-                .args(["-X", "-q", "-d", &format!("{server}/postgres")])
-                .args(["-c", &format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")])
-                .output();
+            drop_database(url);
         }
-    }
-}
-
-/// Creates a database on the PostgreSQL that `./test` has started.
-fn create_postgres(options: &str) -> String {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let given = variable("MASTIO_TEST_POSTGRES_URL");
-    let name = format!("updates_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::SeqCst));
-    let sql = format!("CREATE DATABASE {name} {options}");
-    output(Command::new("psql").args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", &given, "-c", &sql]));
-    let (server, _) = given.rsplit_once('/').unwrap();
-    format!("{server}/{name}")
-}
-
-/// An answer of the server. Status 0: the connection broke.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
-    pub status: u16,
-    pub body: String,
-}
-
-impl Answer {
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
-    }
-
-    pub fn detail(&self) -> Value {
-        self.json()["detail"].clone()
     }
 }
 
 /// A server that runs. Dropped: killed.
 pub struct Server {
-    child: Child,
+    process: Process,
     pub url: String,
-    log: Arc<Mutex<Vec<Value>>>,
+    log: Log,
 }
 
 impl Server {
@@ -353,7 +301,7 @@ impl Server {
 
     /// Log events so far.
     pub fn log(&self) -> Vec<Value> {
-        self.log.lock().unwrap().clone()
+        self.log.lines()
     }
 
     /// The first log event whose message contains `text`.
@@ -363,34 +311,23 @@ impl Server {
 
     /// `kill -9`.
     pub fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.process.kill9();
     }
 
     /// SIGTERM, and the clean end that it asks for.
     pub fn stop(mut self) {
-        output(Command::new("kill").args(["-TERM", &self.child.id().to_string()]));
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "the server ended with {status}: {:?}", self.log());
+        self.process.stop();
     }
 
     /// Waits for a process that dies by itself.
     pub fn dies(mut self) -> Vec<Value> {
-        let status = self.child.wait().unwrap();
+        let status = self.process.wait_for_its_end();
         assert!(!status.success(), "the server ended well, and had to crash");
         self.log()
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Gone already, or ended by this.
-        let _gone = self.child.kill();
-        let _gone = self.child.wait();
-    }
-}
-
-/// One request by curl.
+/// One request by curl, the body as it stands. Status 0: the connection broke.
 pub fn request(url: &str, method: &str, path: &str, secret: Option<&str>, body: Option<&str>) -> Answer {
     let mut command = Command::new("curl");
     command.args(["-sk", "--max-time", "120", "-X", method, "-w", "\n%{http_code}"]);
@@ -400,13 +337,7 @@ pub fn request(url: &str, method: &str, path: &str, secret: Option<&str>, body: 
     if body.is_some() {
         command.args(["-H", "Content-Type: application/json", "--data-binary", "@-"]);
     }
-    command.arg(format!("{url}{path}")).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap_or_else(|_| panic!("curl is missing: run through ./test"));
-    let mut stdin = child.stdin.take().unwrap();
-    // A refused body may leave the pipe early.
-    let _refused = stdin.write_all(body.unwrap_or_default().as_bytes());
-    drop(stdin);
-    let output = child.wait_with_output().unwrap();
+    let output = run_with_input(command.arg(format!("{url}{path}")), body.unwrap_or_default());
     let text = String::from_utf8(output.stdout).unwrap();
     let (body, status) = text.rsplit_once('\n').unwrap();
     Answer { status: status.parse().unwrap(), body: body.to_owned() }

@@ -147,8 +147,14 @@ pub fn open_runs(deploy: &Deploy) -> i64 {
     deploy.count("SELECT COUNT(*) FROM update_runs WHERE finished_at IS NULL")
 }
 
-/// Everything in a stopped SQLite database, statement by statement.
+/// Everything in a stopped deploy's database, row by row: its table's name, then its values.
 pub fn dump(deploy: &Deploy) -> BTreeSet<String> {
-    let text = output(Command::new("sqlite3").arg(deploy.file()).arg(".dump"));
-    text.split("\nINSERT INTO ").map(str::to_owned).collect()
+    if deploy.file().exists() {
+        let text = output(Command::new("sqlite3").arg(deploy.file()).arg(".dump"));
+        return text.split("\nINSERT INTO ").map(str::to_owned).collect();
+    }
+    let every_table = "SELECT string_agg(format('SELECT %L || row_to_json(t)::text AS line FROM %I t', \
+        tablename || ' ', tablename), ' UNION ALL ') AS sql FROM pg_tables WHERE schemaname = 'public'";
+    let sql = text(&deploy.rows(every_table)[0], "sql");
+    deploy.rows(&sql).iter().map(|row| text(row, "line")).collect()
 }
