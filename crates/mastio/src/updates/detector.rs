@@ -59,7 +59,7 @@ impl Updates {
                 }
             }
             Ok(Need::NotNeeded) if open => {
-                store::set_applied(&mut tx, declaration, now).await?;
+                store::set_closed(&mut tx, declaration, now).await?;
                 events.push(event(EventType::UpdateClosed, "system", id, json!({})));
             }
             Ok(Need::NotNeeded) => {}

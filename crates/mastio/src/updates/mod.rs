@@ -526,7 +526,7 @@ impl Updates {
                     tx.commit_unaudited().await?;
                     return Err(UpdateError::NotNeeded);
                 }
-                store::set_applied(&mut tx, migration.declaration(), now).await?;
+                store::set_closed(&mut tx, migration.declaration(), now).await?;
                 store::finish_run(&mut tx, run_id, true, None, now).await?;
                 tx.commit(&[event(EventType::UpdateClosed, actor, migration_id, json!({}))]).await?;
                 self.pki.refresh().await?;

@@ -99,6 +99,22 @@ pub async fn set_applied(
     .map(drop)
 }
 
+/// Closes a row whose check finds nothing to do: `applied` without a change. So it stands on no other update, and its
+/// copy of what it requires says so: it must not block the rollback of one.
+pub async fn set_closed(
+    tx: &mut WriteTx,
+    declaration: &Declaration,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    set_applied(tx, declaration, now).await?;
+    tx.execute(
+        "UPDATE pending_updates SET requires = '[]' WHERE migration_id = $1",
+        values![declaration.migration_id],
+    )
+    .await
+    .map(drop)
+}
+
 /// Sets a row to `rolled_back`.
 pub async fn set_rolled_back(tx: &mut WriteTx, migration_id: &str, now: UnixTime) -> Result<(), StoreError> {
     tx.execute(
@@ -910,17 +926,13 @@ pub async fn without_profile_gaps(
 }
 
 /// An applied migration that stands on this one: it requires it, or has later written a cell that this one wrote.
-///
-/// One that was closed because nothing was to be done has no snapshot, stands on nothing and blocks nothing.
 pub async fn blocker(
     tx: &mut impl Query,
     migration_id: &str,
     run_id: &str,
 ) -> Result<Option<String>, UpdateError> {
     for row in rows(tx).await?.into_iter().filter(|row| row.status == "applied") {
-        if super::halt::list(row.requires.as_deref()).iter().any(|required| required == migration_id)
-            && snapshot(tx, &row.migration_id).await?.is_some()
-        {
+        if super::halt::list(row.requires.as_deref()).iter().any(|required| required == migration_id) {
             return Ok(Some(row.migration_id));
         }
     }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -85,7 +86,16 @@ fn status_of(server: &Server, id: &str) -> Option<String> {
 
 /// Why the server failed: its answer keeps that for the log.
 fn last_error(server: &Server) -> Option<String> {
-    server.log().iter().rev().find(|event| event["level"] == "ERROR").map(|event| text(event, "error"))
+    let began = Instant::now();
+    // The line comes through a pipe, on its own time.
+    while began.elapsed() < Duration::from_secs(10) {
+        let log = server.log();
+        if let Some(event) = log.iter().rev().find(|event| event["level"] == "ERROR") {
+            return Some(text(event, "error"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    None
 }
 
 /// What the plan promised is what the apply did, and nothing else.

@@ -287,6 +287,20 @@ fn leaves_wait_for_the_chain_above_them() {
     assert_eq!(PkiState::read(&deploy), before);
 }
 
+#[test]
+fn a_row_that_was_closed_with_nothing_to_do_blocks_no_rollback() {
+    let deploy = Deploy::of("py_applied");
+    let server = deploy.start();
+    // Back to the predecessor's state before its apply: there the intermediate is no orphan.
+    assert_eq!(server.rollback().status, 200);
+    assert_eq!(statuses(&server, REISSUE).as_deref(), Some("applied"));
+    assert_eq!(roll_back(&server, REISSUE).status, 404);
+    let before = PkiState::read(&deploy);
+    assert_eq!(server.apply().status, 200);
+    assert_eq!(server.rollback().status, 200);
+    assert_eq!(PkiState::read(&deploy), before);
+}
+
 fn tags(deploy: &Deploy) -> Vec<Value> {
     deploy.rows("SELECT agent_id, enrollment_method FROM internal_agents ORDER BY agent_id")
 }
