@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::rows::reshaped;
 use crate::server::{Deploy, MIGRATION, run};
 use crate::state::{dump, text};
 
@@ -37,7 +38,7 @@ fn the_doctor_explains_what_a_crash_left_and_changes_nothing() {
     for (point, committed, state) in
         [("apply.prepare", false, "wholly old"), ("apply.commit", true, "wholly new")]
     {
-        let deploy = Deploy::of("chain5");
+        let deploy = reshaped("chain5", &["--complete-leaves"]);
         let server = deploy.start_to_crash_at(point);
         assert_eq!(server.apply().status, 0);
         server.dies();
@@ -65,7 +66,7 @@ fn the_doctor_explains_what_a_crash_left_and_changes_nothing() {
 
 #[test]
 fn the_doctor_names_what_waits_what_halts_and_what_nobody_knows() {
-    let deploy = Deploy::of("chain5");
+    let deploy = reshaped("chain5", &["--complete-leaves"]);
     let server = deploy.start();
     deploy.execute(
         "INSERT INTO pending_updates (migration_id, detected_at, status) VALUES \
@@ -90,7 +91,7 @@ fn the_doctor_names_what_waits_what_halts_and_what_nobody_knows() {
 
 #[test]
 fn snapshots_are_listed_and_a_damaged_one_is_named_and_refused() {
-    let deploy = Deploy::of("chain5");
+    let deploy = reshaped("chain5", &["--complete-leaves"]);
     let server = deploy.start();
     assert_eq!(server.get("/proxy/updates/snapshots").json(), json!([]));
     assert_eq!(server.apply().status, 200);
@@ -115,7 +116,7 @@ fn snapshots_are_listed_and_a_damaged_one_is_named_and_refused() {
 
 #[test]
 fn rows_and_snapshots_that_operators_removed_are_notes() {
-    let deploy = Deploy::of("chain5");
+    let deploy = reshaped("chain5", &["--complete-leaves"]);
     let server = deploy.start();
     assert_eq!(server.apply().status, 200);
     deploy.execute(&format!("DELETE FROM pending_updates WHERE migration_id = '{MIGRATION}'"));
@@ -125,7 +126,7 @@ fn rows_and_snapshots_that_operators_removed_are_notes() {
 
 #[test]
 fn a_row_that_says_applied_where_the_state_is_wrong_is_found() {
-    let deploy = Deploy::of("v01_applied_row_only");
+    let deploy = reshaped("v01_applied_row_only", &["--complete-leaves"]);
     let server = deploy.start();
     let (code, findings) = ask(&deploy);
     assert_eq!(
@@ -134,7 +135,7 @@ fn a_row_that_says_applied_where_the_state_is_wrong_is_found() {
     );
     server.stop();
     // A predecessor's database that nobody has adopted is not looked into.
-    let deploy = Deploy::of("chain5");
+    let deploy = reshaped("chain5", &["--complete-leaves"]);
     let output = run(&mut deploy.mastio(&["updates", "doctor"]));
     assert_eq!(output.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&output.stderr).contains("mastio adopt --check"), "{output:?}");
@@ -142,7 +143,7 @@ fn a_row_that_says_applied_where_the_state_is_wrong_is_found() {
 
 #[test]
 fn the_doctor_is_asked_on_postgresql_too() {
-    let sealed = Deploy::of("chain5").with_passphrase();
+    let sealed = reshaped("chain5", &["--complete-leaves"]).with_passphrase();
     sealed.start().stop();
     let deploy = sealed.on_postgres();
     let (code, findings) = ask(&deploy);

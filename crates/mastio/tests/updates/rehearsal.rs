@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+use crate::rows::reshaped;
 use crate::server::{Answer, Deploy, MIGRATION, Server, run};
 use crate::state::{PkiState, certificate, open_runs, status, text};
 
@@ -389,7 +390,7 @@ fn a_rollback_is_refused_while_a_later_update_stands_on_this_one() {
 #[test]
 fn apply_all_goes_in_order_and_stops_at_the_first_failure() {
     for stopped in [true, false] {
-        let deploy = Deploy::of("chain5");
+        let deploy = reshaped("chain5", &["--complete-leaves"]);
         deploy.start().stop();
         // Earlier by its id, it halts nothing; and this version cannot apply it.
         deploy.execute(
