@@ -294,7 +294,7 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
         .layer(axum::Extension(AdminSecret::new(config.admin_secret.clone())))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(middleware::from_fn(crate::http::headers::guard));
+        .layer(middleware::from_fn_with_state(config.trusted_front.clone(), crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);
     let server = Server {
         listener,

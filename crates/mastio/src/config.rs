@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Command, error::Error as ClapError};
 
 use crate::entropy::Entropy;
+use crate::http::front::Front;
 use crate::store::DatabaseUrl;
 
 /// The env file that is used without being named, when it lies in the working directory.
@@ -63,6 +64,8 @@ pub struct Config {
     pub global_rate_limit_rps: Option<u32>,
     /// `MCP_PROXY_TLS_CERT` and `MCP_PROXY_TLS_KEY`: a server certificate of the operator's own.
     pub tls_files: Option<(PathBuf, PathBuf)>,
+    /// `MCP_PROXY_TRUSTED_FRONT`: whose word on a client certificate is taken; nobody's by default.
+    pub trusted_front: Front,
     /// `CULLIS_MASTIO_VERSION`: what the image calls itself.
     pub version: String,
     /// `LOG_FORMAT=json`.
@@ -119,6 +122,7 @@ const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
 const TLS_CERT: &str = "MCP_PROXY_TLS_CERT";
 const TLS_KEY: &str = "MCP_PROXY_TLS_KEY";
+const TRUSTED_FRONT: &str = "MCP_PROXY_TRUSTED_FRONT";
 const MASTIO_VERSION: &str = "CULLIS_MASTIO_VERSION";
 const LOG_FORMAT: &str = "LOG_FORMAT";
 const LOG_FILTER: &str = "RUST_LOG";
@@ -143,7 +147,7 @@ const fn secret(setting: Setting) -> Setting {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 18] = [
+pub const SETTINGS: [Setting; 19] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -220,6 +224,15 @@ pub const SETTINGS: [Setting; 18] = [
         "A server certificate of your own, PEM, leaf first; goes with its key",
     ),
     setting(TLS_KEY, "tls-key", "FILE", "The private key of that certificate, PEM"),
+    with_default(
+        setting(
+            TRUSTED_FRONT,
+            "trusted-front",
+            "ADDRESSES",
+            "TLS fronts that may forward a client certificate: addresses or CIDR blocks, separated by commas",
+        ),
+        "",
+    ),
     with_default(
         setting(MASTIO_VERSION, "mastio-version", "VERSION", "What the image calls itself"),
         env!("CARGO_PKG_VERSION"),
@@ -654,6 +667,11 @@ impl Values {
                 .read(GLOBAL_RATE_LIMIT_RPS, "a whole number", |text| text.parse().ok())
                 .map(|limit| Some(limit).filter(|limit| *limit > 0))?,
             tls_files: self.tls_files()?,
+            trusted_front: self.read(
+                TRUSTED_FRONT,
+                "addresses or CIDR blocks such as 10.0.0.7 or 10.0.0.0/24, separated by commas",
+                |text| text.parse().ok(),
+            )?,
             version: self.text(MASTIO_VERSION).to_owned(),
             log_json: self.read(LOG_FORMAT, "json or text", |text| {
                 match text.to_ascii_lowercase().as_str() {
@@ -908,6 +926,9 @@ mod tests {
             (RATE_LIMIT_PER_MINUTE, "-1", "a whole number"),
             (RATE_LIMIT_PER_MINUTE, "1.5", "a whole number"),
             (GLOBAL_RATE_LIMIT_RPS, "many", "a whole number"),
+            (TRUSTED_FRONT, "nginx", "CIDR blocks"),
+            (TRUSTED_FRONT, "0.0.0.0/0", "CIDR blocks"),
+            (TRUSTED_FRONT, "10.0.0.5/8", "CIDR blocks"),
             (ADMIN_SECRET, "with space", "visible ASCII"),
             (LOG_FORMAT, "xml", "json or text"),
             (LOG_FILTER, "a=b=c", "a filter"),

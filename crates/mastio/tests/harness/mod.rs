@@ -402,11 +402,7 @@ impl Deploy {
 
     /// One request by curl, `arguments` before the URL.
     pub fn curl(&self, path: &str, arguments: &[&str]) -> Answer {
-        let mut command = Command::new("curl");
-        command.args(["-sk", "--max-time", "120", "-w", "\n%{http_code}"]);
-        let output = run(command.args(arguments).arg(format!("{}{path}", self.url())));
-        let (body, status) = output.rsplit_once('\n').unwrap();
-        Answer { status: status.parse().unwrap(), body: body.to_owned() }
+        curl(&format!("{}{path}", self.url()), arguments)
     }
 
     /// GET without any credential.
@@ -487,6 +483,20 @@ impl Drop for Deploy {
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     format!("{}_{}", std::process::id(), now.as_nanos())
+}
+
+/// One request by curl to any server, `arguments` before the URL.
+pub fn curl(url: &str, arguments: &[&str]) -> Answer {
+    let mut command = Command::new("curl");
+    command.args(["-sk", "--max-time", "120", "-w", "\n%{http_code}"]);
+    let output = run(command.args(arguments).arg(url));
+    let (body, status) = output.rsplit_once('\n').unwrap();
+    Answer { status: status.parse().unwrap(), body: body.to_owned() }
+}
+
+/// A port that nobody has right now, for programs that cannot pick one themselves.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
 /// Looks until `look` sees something; fails after the deadline, naming `what`.
