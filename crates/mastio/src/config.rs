@@ -19,6 +19,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::Error as ClapError};
 use crate::entropy::Entropy;
 use crate::http::front::Front;
 use crate::store::DatabaseUrl;
+use crate::store::claims::Claims;
 
 /// The env file that is used without being named, when it lies in the working directory.
 pub const ENV_FILE: &str = "proxy.env";
@@ -185,7 +186,12 @@ pub const SETTINGS: [Setting; 19] = [
         "PASSPHRASE",
         "Seals the private keys in the database; without it seal.key in the data directory does",
     )),
-    setting(REDIS_URL, "redis-url", "URL", "Redis or Valkey, where replicas share what is short-lived"),
+    setting(
+        REDIS_URL,
+        "redis-url",
+        "URL",
+        "Redis or Valkey, where replicas claim identifiers that may be used once",
+    ),
     with_default(
         setting(STRICT_PKI, "strict-pki", "BOOL", "Refuse to serve while the Org CA has pathLen=0"),
         "false",
@@ -710,9 +716,8 @@ impl Values {
 
     fn redis_url(&self) -> Result<Option<String>, ConfigError> {
         let Some(text) = self.given(REDIS_URL).map(str::trim) else { return Ok(None) };
-        // May hold a password too.
-        let known = ["redis://", "rediss://", "valkey://", "valkeys://", "redis+unix://", "unix://"];
-        if known.iter().any(|scheme| text.starts_with(scheme)) {
+        // The text may hold a password too.
+        if Claims::new(text).is_ok() {
             return Ok(Some(text.to_owned()));
         }
         Err(self.wrong(REDIS_URL, "is not a redis:// or rediss:// URL".to_owned()))
@@ -762,8 +767,9 @@ impl Values {
     }
 }
 
-/// A URL without the password in its authority.
+/// A URL without the password in its authority, and without its query, which is where a socket's password stands.
 fn without_password(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or(url);
     match (url.find("//"), url.rfind('@')) {
         (Some(start), Some(at)) if start + 2 < at => {
             let user = url[start + 2..at].split(':').next().unwrap_or("");
@@ -946,6 +952,7 @@ mod tests {
             (ADMIN_SECRET, "hunter2 hunter2"),
             (DATABASE_URL, "mysql://cullis:hunter2@db/cullis"),
             (REDIS_URL, "http://:hunter2@redis"),
+            (REDIS_URL, "redis://:hunter2@redis/zero"),
         ] {
             assert!(!Case::new().variable(name, value).refusal().contains("hunter2"), "{name}");
         }
@@ -960,6 +967,9 @@ mod tests {
             .variable(REDIS_URL, "redis://:hunter2@redis:6379/0");
         let resolved = case.resolve(AdminSecret::Optional).unwrap();
         let shown = format!("{resolved:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
+        let socket = Case::new().variable(REDIS_URL, "redis+unix:///run/redis.sock?pass=hunter2");
+        let shown = format!("{:?}", socket.resolve(AdminSecret::Optional).unwrap());
         assert!(!shown.contains("hunter2"), "{shown}");
     }
 

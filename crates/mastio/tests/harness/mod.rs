@@ -25,7 +25,7 @@ pub const MIGRATION: &str = "2026-04-23-org-ca-pathlen-1";
 /// What the operator's `proxy.env` has.
 pub const ADMIN_SECRET: &str = "an-admin-secret-for-the-tests-0123456789";
 /// The passphrase that seals keys where the database is PostgreSQL.
-const PASSPHRASE: &str = "a-passphrase-for-the-tests-0123456789abcdef";
+pub const PASSPHRASE: &str = "a-passphrase-for-the-tests-0123456789abcdef";
 /// How long anything that should happen may take on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks at a condition.
