@@ -38,6 +38,7 @@ use crate::pki::sealing::{self, SealingError};
 use crate::pki::tls::{ServerNames, Tls};
 use crate::pki::{self, Pki, PkiError, bootstrap};
 use crate::store::adopt::{self, AdoptError};
+use crate::store::claims::{Claims, NotRedis};
 use crate::store::ephemeral;
 use crate::store::group::Journal;
 use crate::store::{DatabaseUrl, Store, StoreError, schema};
@@ -118,6 +119,9 @@ pub enum AppError {
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The URL of Redis.
+    #[error(transparent)]
+    Redis(#[from] NotRedis),
     /// The gateway.
     #[error("the gateway cannot start")]
     Gateway(#[from] gateway::GatewayError),
@@ -244,15 +248,16 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
     let metrics = Arc::new(Metrics::new());
     updates.attach(Arc::clone(&tls), Arc::clone(&metrics));
     let failures = Arc::clone(&metrics);
+    let claims = config.redis_url.as_deref().map(Claims::new).transpose()?;
+    if let Some(claims) = &claims {
+        // A Redis that is away does not stop the boot: the server has to be reached to say so.
+        claims.look().await;
+    }
     let (journal, journal_task) =
         Journal::start(pki.store.clone(), Box::new(move || failures.audit_append_failed()));
+    let journal = journal.with_claims(claims.clone());
     let agents = Arc::new(Agents::new(Arc::clone(&pki), RateLimit::per_minute(config.rate_limit_per_minute)));
     let all_together = Arc::new(RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)));
-    if config.redis_url.is_some() {
-        tracing::warn!(
-            "MCP_PROXY_REDIS_URL is set, and nothing uses Redis yet: identifiers that may be used once are in the database"
-        );
-    }
     let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone()));
     let hosts = names.dns.iter().cloned().chain(names.ips.iter().map(IpAddr::to_string)).collect();
     let urls = ExternalUrls::new(config.public_url.clone(), hosts);
@@ -279,6 +284,7 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         pki: Arc::clone(&pki),
         updates: Arc::clone(&updates),
         tls: Arc::clone(&tls),
+        claims: claims.clone(),
         metrics: Arc::clone(&metrics),
         version: config.version.clone(),
         stopping: Arc::clone(&stopping),
@@ -296,7 +302,7 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
         .layer(axum::Extension(AdminSecret::new(config.admin_secret.clone())))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .layer(middleware::from_fn(crate::http::headers::guard));
+        .layer(middleware::from_fn_with_state(config.trusted_front.clone(), crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);
     let server = Server {
         listener,
@@ -305,7 +311,8 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         clock: Arc::clone(&pki.clock),
         entropy: Arc::clone(&pki.entropy),
     };
-    let jobs = jobs(&pki, &updates, &tls);
+    let mut jobs = jobs(&pki, &updates, &tls);
+    jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
     Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, deploy })

@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Command, error::Error as ClapError};
 
 use crate::entropy::Entropy;
+use crate::http::front::Front;
 use crate::store::DatabaseUrl;
+use crate::store::claims::Claims;
 
 /// The env file that is used without being named, when it lies in the working directory.
 pub const ENV_FILE: &str = "proxy.env";
@@ -63,6 +65,8 @@ pub struct Config {
     pub global_rate_limit_rps: Option<u32>,
     /// `MCP_PROXY_TLS_CERT` and `MCP_PROXY_TLS_KEY`: a server certificate of the operator's own.
     pub tls_files: Option<(PathBuf, PathBuf)>,
+    /// `MCP_PROXY_TRUSTED_FRONT`: whose word on a client certificate is taken; nobody's by default.
+    pub trusted_front: Front,
     /// `CULLIS_MASTIO_VERSION`: what the image calls itself.
     pub version: String,
     /// `LOG_FORMAT=json`.
@@ -119,6 +123,7 @@ const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
 const TLS_CERT: &str = "MCP_PROXY_TLS_CERT";
 const TLS_KEY: &str = "MCP_PROXY_TLS_KEY";
+const TRUSTED_FRONT: &str = "MCP_PROXY_TRUSTED_FRONT";
 const MASTIO_VERSION: &str = "CULLIS_MASTIO_VERSION";
 const LOG_FORMAT: &str = "LOG_FORMAT";
 const LOG_FILTER: &str = "RUST_LOG";
@@ -143,7 +148,7 @@ const fn secret(setting: Setting) -> Setting {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 18] = [
+pub const SETTINGS: [Setting; 19] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -181,7 +186,12 @@ pub const SETTINGS: [Setting; 18] = [
         "PASSPHRASE",
         "Seals the private keys in the database; without it seal.key in the data directory does",
     )),
-    setting(REDIS_URL, "redis-url", "URL", "Redis or Valkey, where replicas share what is short-lived"),
+    setting(
+        REDIS_URL,
+        "redis-url",
+        "URL",
+        "Redis or Valkey, where replicas claim identifiers that may be used once",
+    ),
     with_default(
         setting(STRICT_PKI, "strict-pki", "BOOL", "Refuse to serve while the Org CA has pathLen=0"),
         "false",
@@ -220,6 +230,15 @@ pub const SETTINGS: [Setting; 18] = [
         "A server certificate of your own, PEM, leaf first; goes with its key",
     ),
     setting(TLS_KEY, "tls-key", "FILE", "The private key of that certificate, PEM"),
+    with_default(
+        setting(
+            TRUSTED_FRONT,
+            "trusted-front",
+            "ADDRESSES",
+            "TLS fronts that may forward a client certificate: addresses or CIDR blocks, separated by commas",
+        ),
+        "",
+    ),
     with_default(
         setting(MASTIO_VERSION, "mastio-version", "VERSION", "What the image calls itself"),
         env!("CARGO_PKG_VERSION"),
@@ -654,6 +673,11 @@ impl Values {
                 .read(GLOBAL_RATE_LIMIT_RPS, "a whole number", |text| text.parse().ok())
                 .map(|limit| Some(limit).filter(|limit| *limit > 0))?,
             tls_files: self.tls_files()?,
+            trusted_front: self.read(
+                TRUSTED_FRONT,
+                "addresses or CIDR blocks such as 10.0.0.7 or 10.0.0.0/24, separated by commas",
+                |text| text.parse().ok(),
+            )?,
             version: self.text(MASTIO_VERSION).to_owned(),
             log_json: self.read(LOG_FORMAT, "json or text", |text| {
                 match text.to_ascii_lowercase().as_str() {
@@ -692,9 +716,8 @@ impl Values {
 
     fn redis_url(&self) -> Result<Option<String>, ConfigError> {
         let Some(text) = self.given(REDIS_URL).map(str::trim) else { return Ok(None) };
-        // May hold a password too.
-        let known = ["redis://", "rediss://", "valkey://", "valkeys://", "redis+unix://", "unix://"];
-        if known.iter().any(|scheme| text.starts_with(scheme)) {
+        // The text may hold a password too.
+        if Claims::new(text).is_ok() {
             return Ok(Some(text.to_owned()));
         }
         Err(self.wrong(REDIS_URL, "is not a redis:// or rediss:// URL".to_owned()))
@@ -744,8 +767,9 @@ impl Values {
     }
 }
 
-/// A URL without the password in its authority.
+/// A URL without the password in its authority, and without its query, which is where a socket's password stands.
 fn without_password(url: &str) -> String {
+    let url = url.split(['?', '#']).next().unwrap_or(url);
     match (url.find("//"), url.rfind('@')) {
         (Some(start), Some(at)) if start + 2 < at => {
             let user = url[start + 2..at].split(':').next().unwrap_or("");
@@ -908,6 +932,9 @@ mod tests {
             (RATE_LIMIT_PER_MINUTE, "-1", "a whole number"),
             (RATE_LIMIT_PER_MINUTE, "1.5", "a whole number"),
             (GLOBAL_RATE_LIMIT_RPS, "many", "a whole number"),
+            (TRUSTED_FRONT, "nginx", "CIDR blocks"),
+            (TRUSTED_FRONT, "0.0.0.0/0", "CIDR blocks"),
+            (TRUSTED_FRONT, "10.0.0.5/8", "CIDR blocks"),
             (ADMIN_SECRET, "with space", "visible ASCII"),
             (LOG_FORMAT, "xml", "json or text"),
             (LOG_FILTER, "a=b=c", "a filter"),
@@ -925,6 +952,7 @@ mod tests {
             (ADMIN_SECRET, "hunter2 hunter2"),
             (DATABASE_URL, "mysql://cullis:hunter2@db/cullis"),
             (REDIS_URL, "http://:hunter2@redis"),
+            (REDIS_URL, "redis://:hunter2@redis/zero"),
         ] {
             assert!(!Case::new().variable(name, value).refusal().contains("hunter2"), "{name}");
         }
@@ -939,6 +967,9 @@ mod tests {
             .variable(REDIS_URL, "redis://:hunter2@redis:6379/0");
         let resolved = case.resolve(AdminSecret::Optional).unwrap();
         let shown = format!("{resolved:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
+        let socket = Case::new().variable(REDIS_URL, "redis+unix:///run/redis.sock?pass=hunter2");
+        let shown = format!("{:?}", socket.resolve(AdminSecret::Optional).unwrap());
         assert!(!shown.contains("hunter2"), "{shown}");
     }
 

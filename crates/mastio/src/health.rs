@@ -14,6 +14,7 @@ use crate::metrics::{self, AgentCount, CertificateTier, Metrics, Snapshot};
 use crate::pki::Pki;
 use crate::pki::tls::Tls;
 use crate::store::Query as _;
+use crate::store::claims::Claims;
 use crate::updates::Updates;
 use crate::updates::error::UpdateError;
 use crate::updates::halt::HaltReason;
@@ -27,6 +28,8 @@ pub struct Health {
     pub updates: Arc<Updates>,
     /// The server certificate.
     pub tls: Arc<Tls>,
+    /// Redis, where it is configured.
+    pub claims: Option<Claims>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// What the image calls itself.
@@ -149,9 +152,10 @@ async fn show_readiness(State(health): State<Health>) -> Response {
     };
     let stopping = health.stopping.load(Ordering::SeqCst);
     let signing = health.pki.halted().is_ok();
-    let ready = database && !stopping;
+    let redis = health.claims.as_ref().map(Claims::is_reachable);
+    let ready = database && redis != Some(false) && !stopping;
     let word = |good: bool, bad: &'static str| if good { "ok" } else { bad };
-    let body = json!({
+    let mut body = json!({
         "status": if ready { "ready" } else { "not_ready" },
         "checks": {
             "database": word(database, "unavailable"),
@@ -160,6 +164,9 @@ async fn show_readiness(State(health): State<Health>) -> Response {
             "signing": word(signing, "halted"),
         },
     });
+    if let Some(redis) = redis {
+        body["checks"]["redis"] = json!(word(redis, "unreachable"));
+    }
     (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, axum::Json(body)).into_response()
 }
 

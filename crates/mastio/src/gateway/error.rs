@@ -77,6 +77,9 @@ pub enum GatewayError {
     /// More requests wait to be recorded than there is room for.
     #[error("the server is busy: try again")]
     Busy,
+    /// Redis is away, and with it the protection against replays.
+    #[error("replay protection is not available: try again")]
+    Unguarded,
     /// The audit log cannot be written, so the request is refused.
     #[error("the audit log cannot be written: try again")]
     AuditUnavailable,
@@ -132,6 +135,7 @@ impl From<AppendError> for GatewayError {
             AppendError::Replayed => Self::Replayed,
             AppendError::Stale => Self::StandingChanged,
             AppendError::Busy => Self::Busy,
+            AppendError::Unguarded => Self::Unguarded,
             AppendError::Unavailable => Self::AuditUnavailable,
         }
     }
@@ -145,7 +149,7 @@ impl Problem for GatewayError {
             Self::NoBinding(_) | Self::MissingCapability(_) => Kind::Denied,
             Self::NameTaken(_) | Self::TooManyResources(_) | Self::AlreadyBound => Kind::Conflict,
             Self::UnknownTool(_) | Self::UnknownResource | Self::UnknownBinding => Kind::NotFound,
-            Self::Upstream(_) | Self::Busy | Self::AuditUnavailable => Kind::Unavailable,
+            Self::Upstream(_) | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
             Self::Store(error) => error.kind(),
             Self::Json(_) | Self::Client(_) | Self::Tls(_) | Self::Stopped => Kind::Internal,
         }

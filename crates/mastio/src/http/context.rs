@@ -14,10 +14,10 @@ pub struct Context {
     pub request_id: String,
     /// When the request arrived.
     pub now: UnixMicros,
-    /// The other end of the connection.
+    /// The other end of the connection: the client, or a front before it.
     pub peer: SocketAddr,
-    /// DER of the certificate whose key the TLS handshake (or a configured front) proved. Nothing else about it
-    /// is known yet: path, standing and revocation are judged where an identity is needed.
+    /// DER of the certificate whose key the TLS handshake proved, or a configured front in its place
+    /// ([`super::front`]). Nothing else about it is known yet: path, standing and revocation are judged where an identity is needed.
     pub client_certificate: Option<Arc<[u8]>>,
 }
 

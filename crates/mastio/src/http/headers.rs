@@ -1,9 +1,13 @@
 //! Headers that every response carries (wire contract §2), and request headers that the network may not set.
 
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
+
+use super::context::Context;
+use super::error::ApiError;
+use super::front::{Forwarded, Front, forwarded};
 
 const SECURITY: [(HeaderName, HeaderValue); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
@@ -20,11 +24,12 @@ const SECURITY: [(HeaderName, HeaderValue); 5] = [
 const CULLIS_ALLOWED: [&str; 3] =
     ["x-cullis-session-token", "x-cullis-on-behalf-of-user", "x-cullis-device-attestation"];
 
-/// Drops what only a trusted front may claim, runs the request, adds the security headers.
+/// Takes or drops what only a trusted front may claim, runs the request, adds the security headers.
 ///
 /// `X-SSL-Client-*` claim a client certificate. On our own listener the handshake has proved the real one, so
-/// taking the claim from the network would be an authentication bypass.
-pub async fn guard(mut request: Request, next: Next) -> Response {
+/// taking the claim from anybody but the configured front would be an authentication bypass.
+pub async fn guard(State(front): State<Front>, mut request: Request, next: Next) -> Response {
+    let taken = take_forwarded(&front, &mut request);
     let spoofable: Vec<HeaderName> = request
         .headers()
         .keys()
@@ -38,11 +43,33 @@ pub async fn guard(mut request: Request, next: Next) -> Response {
     for name in spoofable {
         request.headers_mut().remove(name);
     }
-    let mut response = next.run(request).await;
+    let mut response = match taken {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    };
     let headers = response.headers_mut();
     for (name, value) in &SECURITY {
         headers.insert(name, value.clone());
     }
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
+}
+
+/// Puts the certificate that a trusted front has verified where the handshake's would be.
+///
+/// A certificate that the front itself showed us is not its client's: it never stands in for one that is missing.
+fn take_forwarded(front: &Front, request: &mut Request) -> Result<(), ApiError> {
+    let is_front = |context: &Context| front.trusts(context.peer.ip());
+    if !request.extensions().get::<Context>().is_some_and(is_front) {
+        return Ok(());
+    }
+    let client_certificate = match forwarded(request.headers())? {
+        Forwarded::Nothing => return Ok(()),
+        Forwarded::NoCertificate => None,
+        Forwarded::Certificate(der) => Some(der),
+    };
+    if let Some(context) = request.extensions_mut().get_mut::<Context>() {
+        context.client_certificate = client_certificate;
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@ pub mod authn;
 pub mod cache;
 pub mod context;
 pub mod error;
+pub mod front;
 pub mod headers;
 pub mod json;
 pub mod limits;

@@ -3,16 +3,20 @@
 //! A disk syncs a few hundred times a second, a mint takes a fifth of a millisecond. So the token path and the
 //! gateway hand what they want recorded to one task, which takes everything that waits, writes it in a few
 //! multi-row statements, commits once and only then answers each. Under the lock it refuses, one by one, what
-//! carries an identifier that was used before (replay) or a permit of an epoch that has passed (I1).
+//! carries an identifier that was used before (replay) or a permit of an epoch that has passed (I1). Where Redis is
+//! configured, a request claims its identifiers there before it waits ([`super::claims`]).
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mastio_core::audit::event::Event;
 use mastio_core::time::UnixTime;
 use tokio::sync::{mpsc, oneshot};
 
+use super::claims::{ClaimError, Claims};
 use super::{Store, StoreError, Value};
+use crate::clock::Clock;
 
 /// Requests that may wait for the next commit. One more is refused with 503.
 const QUEUE_REQUESTS_MAX: usize = 4096;
@@ -53,9 +57,21 @@ pub enum AppendError {
     /// More requests wait than there is room for.
     #[error("more requests wait to be recorded than there is room for")]
     Busy,
+    /// Redis is configured and away, so that a replay on another replica could not be ruled out.
+    #[error("replay protection is not available")]
+    Unguarded,
     /// The database did not commit.
     #[error("the audit log cannot be written")]
     Unavailable,
+}
+
+impl From<ClaimError> for AppendError {
+    fn from(error: ClaimError) -> Self {
+        match error {
+            ClaimError::Taken => Self::Replayed,
+            ClaimError::Away => Self::Unguarded,
+        }
+    }
 }
 
 /// Told of every group that did not commit.
@@ -65,22 +81,47 @@ type Reply = oneshot::Sender<Result<i64, AppendError>>;
 
 /// The task that commits, seen from the requests. Cheap to clone.
 #[derive(Clone)]
-pub struct Journal(mpsc::Sender<(Append, Reply)>);
+pub struct Journal {
+    sender: mpsc::Sender<(Append, Reply)>,
+    clock: Arc<dyn Clock>,
+    claims: Option<Claims>,
+}
 
 impl Journal {
     /// Starts the task. It ends when every [`Journal`] is gone and everything waiting is durable.
     #[must_use]
     pub fn start(store: Store, on_failure: OnFailure) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE_REQUESTS_MAX);
-        (Self(sender), tokio::spawn(run(store, on_failure, receiver)))
+        let journal = Self { sender, clock: Arc::clone(store.clock()), claims: None };
+        (journal, tokio::spawn(run(store, on_failure, receiver)))
+    }
+
+    /// The same journal, which claims identifiers in Redis before it burns them.
+    #[must_use]
+    pub fn with_claims(self, claims: Option<Claims>) -> Self {
+        Self { claims, ..self }
     }
 
     /// Records `append` durably and gives the chain's sequence number after it.
     ///
     /// Errors: [`AppendError`]; nothing of `append` was recorded then.
     pub async fn append(&self, append: Append) -> Result<i64, AppendError> {
+        let Some(claims) = self.claims.as_ref().filter(|_| !append.one_use.is_empty()) else {
+            return self.record(append).await;
+        };
+        let one_use = append.one_use.clone();
+        claims.claim(&one_use, self.clock.now().seconds()).await?;
+        let recorded = self.record(append).await;
+        if recorded.is_err() {
+            // Before the answer: a stale request comes again with the same identifiers.
+            claims.release(one_use.iter()).await;
+        }
+        recorded
+    }
+
+    async fn record(&self, append: Append) -> Result<i64, AppendError> {
         let (reply, answer) = oneshot::channel();
-        self.0.try_send((append, reply)).map_err(|_| AppendError::Busy)?;
+        self.sender.try_send((append, reply)).map_err(|_| AppendError::Busy)?;
         answer.await.unwrap_or(Err(AppendError::Unavailable))
     }
 }

@@ -10,6 +10,7 @@
 //! Hot appends share one durable commit: [`group::Journal`].
 
 pub mod adopt;
+pub mod claims;
 pub mod copy;
 pub mod ephemeral;
 pub mod group;

@@ -61,6 +61,9 @@ pub enum TokenEndpointError {
     /// More wait than there is room for.
     #[error("overloaded: try again")]
     Busy,
+    /// Redis is away, and with it the protection against replays.
+    #[error("replay protection is not available: nothing was issued, try again")]
+    Unguarded,
     /// The audit log does not take the event, so nothing was done.
     #[error("the audit log cannot be written: nothing was issued")]
     AuditUnavailable,
@@ -95,6 +98,7 @@ impl TokenEndpointError {
             Self::Identity(error) => error.reason(),
             Self::Stale => "state_moved",
             Self::Busy => "overloaded",
+            Self::Unguarded => "replay_protection_unavailable",
             Self::AuditUnavailable => "audit_unavailable",
             Self::Stopped | Self::Pki(_) | Self::Store(_) => "unavailable",
         }
@@ -118,7 +122,7 @@ impl Problem for TokenEndpointError {
             | Self::Chain
             | Self::Challenge => Kind::Unauthenticated,
             Self::Identity(error) => error.kind(),
-            Self::Stale | Self::Busy | Self::AuditUnavailable => Kind::Unavailable,
+            Self::Stale | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
             Self::Stopped => Kind::Internal,
             Self::Pki(error) => error.kind(),
             Self::Store(error) => error.kind(),

@@ -320,6 +320,7 @@ impl Tokens {
             AppendError::Replayed => TokenEndpointError::Replayed,
             AppendError::Stale => TokenEndpointError::Stale,
             AppendError::Busy => TokenEndpointError::Busy,
+            AppendError::Unguarded => TokenEndpointError::Unguarded,
             AppendError::Unavailable => TokenEndpointError::AuditUnavailable,
         })
     }
