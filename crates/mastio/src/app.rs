@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
+use crate::dashboard::{self, Dashboard};
 use crate::enrollment::{self, Agents};
 use crate::entropy::Entropy;
 use crate::gateway::{self, Gateway};
@@ -281,6 +282,8 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         version: config.version.clone(),
         stopping: Arc::clone(&stopping),
     };
+    let secret = AdminSecret::new(config.admin_secret.clone());
+    let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone()));
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
@@ -289,10 +292,12 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         .merge(gateway::routes(gateway))
         .merge(updates::http::routes(Arc::clone(&updates)))
         .merge(crate::audit::http::routes(pki.store.clone()))
+        .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
-        .layer(axum::Extension(AdminSecret::new(config.admin_secret.clone())))
+        .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
+        .layer(axum::Extension(secret))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn(crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);

@@ -825,3 +825,86 @@ pub async fn blocker(
         .await?;
     Ok(row.map(|row| row.text(0)).transpose()?)
 }
+
+/// A run as its history shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunRecord {
+    /// ULID.
+    pub run_id: String,
+    /// `apply` or `rollback`.
+    pub direction: String,
+    /// The last phase that it entered.
+    pub phase: String,
+    /// What is done of that phase.
+    pub done: i64,
+    /// How much there is; 0 where the phase does not count.
+    pub total: i64,
+    /// Who asked for it.
+    pub actor: String,
+    /// When it began, as stored.
+    pub started_at: String,
+    /// When it ended.
+    pub finished_at: Option<String>,
+    /// When it changed state, where it did.
+    pub committed_at: Option<String>,
+    /// When the stored state passed verification.
+    pub verified_at: Option<String>,
+    /// Why it was refused or failed.
+    pub error: Option<String>,
+}
+
+/// The runs of a migration, newest first.
+pub async fn runs(tx: &mut impl Query, migration_id: &str, limit: i64) -> Result<Vec<RunRecord>, StoreError> {
+    tx.rows(
+        "SELECT run_id, direction, phase, done, total, actor, started_at, finished_at, committed_at, verified_at, error \
+         FROM update_runs WHERE migration_id = $1 ORDER BY started_at DESC, run_id DESC LIMIT $2",
+        values![migration_id, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(RunRecord {
+            run_id: row.text(0)?,
+            direction: row.text(1)?,
+            phase: row.text(2)?,
+            done: row.integer(3)?,
+            total: row.integer(4)?,
+            actor: row.text(5)?,
+            started_at: row.text(6)?,
+            finished_at: row.optional_text(7)?,
+            committed_at: row.optional_text(8)?,
+            verified_at: row.optional_text(9)?,
+            error: row.optional_text(10)?,
+        })
+    })
+    .collect()
+}
+
+/// When the snapshot of a migration was taken.
+pub async fn snapshot_taken_at(
+    tx: &mut impl Query,
+    migration_id: &str,
+) -> Result<Option<String>, StoreError> {
+    tx.row("SELECT created_at FROM migration_state_backups WHERE migration_id = $1", values![migration_id])
+        .await?
+        .map(|row| row.text(0))
+        .transpose()
+}
+
+/// Of a run's leaves: how many still read as it wrote them, and how many Mastio-issued leaves arose or changed since.
+pub async fn rollback_counts(tx: &mut impl Query, run_id: &str) -> Result<(i64, i64), StoreError> {
+    let row = tx
+        .row(
+            "SELECT CAST(COALESCE(SUM(CASE WHEN i.row_key IS NOT NULL AND i.after IS NOT DISTINCT FROM a.cert_pem \
+             THEN 1 ELSE 0 END), 0) AS BIGINT), \
+             CAST(COALESCE(SUM(CASE WHEN i.row_key IS NOT NULL AND i.after IS NOT DISTINCT FROM a.cert_pem \
+             THEN 0 ELSE 1 END), 0) AS BIGINT) FROM internal_agents a \
+             LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
+             WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')",
+            values![run_id],
+        )
+        .await?
+        .ok_or(StoreError::HeadMissing)?;
+    Ok((row.integer(0)?, row.integer(1)?))
+}
