@@ -294,9 +294,9 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         .merge(crate::audit::http::routes(pki.store.clone()))
         .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
+        .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
-        .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(axum::Extension(secret))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn(crate::http::headers::guard));

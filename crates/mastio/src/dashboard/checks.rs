@@ -18,6 +18,17 @@ use crate::updates::registry;
 /// How many agents are looked at to find one that is active and ours.
 const AGENTS_LOOKED_AT: i64 = 64;
 
+/// How many of the latest events of a type are looked at.
+const EVENTS_LOOKED_AT: i64 = 200;
+
+/// What an agent did, as the audit log has it.
+struct Deed {
+    actor: String,
+    /// Always in the log's own form, so that two of them compare as text.
+    at: String,
+    outcome: String,
+}
+
 /// What a check found.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -97,29 +108,38 @@ impl Dashboard {
             return Ok(check(WHAT, false, format!("{}: {why}", agent.agent_id)));
         }
         let applied_at = update.applied_at.as_deref().and_then(UnixTime::parse);
-        let token = self.first_since(EventType::TokenIssued, applied_at).await?;
-        let call = self.first_since(EventType::McpToolCalled, applied_at).await?;
-        Ok(match (token, call) {
-            (Some((who, when)), Some((caller, called))) => check(
+        let tokens = self.since(EventType::TokenIssued, applied_at).await?;
+        let Some(minted) = tokens.first() else {
+            let found = format!(
+                "the stored chain of {} verifies strictly; no agent has asked for a token since",
+                agent.agent_id
+            );
+            return Ok(Check { verdict: Verdict::Waiting, what: WHAT, found });
+        };
+        let calls = self.since(EventType::McpToolCalled, applied_at).await?;
+        // A call counts if it succeeded, and with a token that cannot be older than the new chain.
+        let called = calls.iter().filter(|call| call.outcome == "ok").find_map(|call| {
+            let minted = tokens.iter().find(|token| token.actor == call.actor && token.at <= call.at)?;
+            Some((minted, call))
+        });
+        Ok(match called {
+            Some((minted, call)) => check(
                 WHAT,
                 true,
                 format!(
-                    "{who} minted a token at {}, {caller} called a tool at {}",
-                    super::utc(&when),
-                    super::utc(&called)
+                    "{} minted a token at {} and called a tool at {}",
+                    minted.actor,
+                    super::utc(&minted.at),
+                    super::utc(&call.at)
                 ),
             ),
-            (Some((who, when)), None) => Check {
-                verdict: Verdict::Waiting,
-                what: WHAT,
-                found: format!("{who} minted a token at {}; no tool was called since", super::utc(&when)),
-            },
-            (None, _) => Check {
+            None => Check {
                 verdict: Verdict::Waiting,
                 what: WHAT,
                 found: format!(
-                    "the stored chain of {} verifies strictly; no agent has asked for a token since",
-                    agent.agent_id
+                    "{} minted a token at {}; no call of a tool has succeeded since",
+                    minted.actor,
+                    super::utc(&minted.at)
                 ),
             },
         })
@@ -139,18 +159,28 @@ impl Dashboard {
         authority.active_token_key().map(drop).ok_or_else(|| "no token key is active".to_owned())
     }
 
-    /// Who did something last, and when, if it was since `since`.
-    async fn first_since(
+    /// The latest events of a type since `since`, newest first.
+    async fn since(
         &self,
         event_type: EventType,
         since: Option<UnixTime>,
-    ) -> Result<Option<(String, String)>, DashboardError> {
-        let filter =
-            audit::Filter { event_type: Some(event_type.as_str().to_owned()), before: None, limit: 1 };
+    ) -> Result<Vec<Deed>, DashboardError> {
+        let filter = audit::Filter {
+            event_type: Some(event_type.as_str().to_owned()),
+            before: None,
+            limit: EVENTS_LOOKED_AT,
+        };
         let events = audit::list(&self.pki().store, &filter).await?;
-        let text = |name: &str| Some(events.first()?[name].as_str()?.to_owned());
-        let (Some(actor), Some(timestamp)) = (text("actor"), text("timestamp")) else { return Ok(None) };
-        let is_since = UnixTime::parse(&timestamp).zip(since).is_none_or(|(at, since)| at >= since);
-        Ok(is_since.then_some((actor, timestamp)))
+        let deeds = events.iter().map(|event| {
+            let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+            Deed {
+                actor: text(&event["actor"]),
+                at: text(&event["timestamp"]),
+                outcome: text(&event["details"]["outcome"]),
+            }
+        });
+        let is_since =
+            |deed: &Deed| UnixTime::parse(&deed.at).zip(since).is_none_or(|(at, since)| at >= since);
+        Ok(deeds.take_while(is_since).collect())
     }
 }

@@ -55,7 +55,6 @@ pub(super) struct LoginPage {
     frame: Frame,
     next: String,
     problem: Option<String>,
-    fingerprint: String,
 }
 
 /// What is shown instead of a page that cannot be shown.
@@ -101,12 +100,7 @@ impl Dashboard {
         next: String,
         problem: Option<String>,
     ) -> Result<LoginPage, DashboardError> {
-        Ok(LoginPage {
-            frame: self.frame(None, "", "Sign in").await?,
-            next,
-            problem,
-            fingerprint: self.pki().authority().org_ca.fingerprint(),
-        })
+        Ok(LoginPage { frame: self.frame(None, "", "Sign in").await?, next, problem })
     }
 
     pub(super) async fn error_page(

@@ -3,6 +3,7 @@
 use askama::Template;
 use mastio_core::audit::event::EventType;
 use mastio_core::x509::{Certificate, KeyAlgorithm};
+use serde_json::Value;
 
 use super::error::DashboardError;
 use super::{Dashboard, Frame};
@@ -54,9 +55,22 @@ pub(super) struct Event {
     pub timestamp: String,
     pub event_type: String,
     pub actor: String,
+    /// The details on one line.
+    pub summary: String,
     pub details: String,
     pub prev_hash: String,
     pub hash: String,
+}
+
+/// `name value` for the plain members of an object, separated by commas: a line to skim, not to parse.
+fn summary(details: &Value) -> String {
+    let members = details.as_object().into_iter().flatten().filter_map(|(name, value)| match value {
+        Value::String(text) => Some(format!("{name} {text}")),
+        Value::Number(_) | Value::Bool(_) => Some(format!("{name} {value}")),
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+    });
+    let line = members.collect::<Vec<_>>().join(", ");
+    if line.is_empty() { "—".to_owned() } else { line }
 }
 
 /// Events, newest first.
@@ -71,6 +85,7 @@ pub(super) async fn events(store: &Store, filter: &Filter) -> Result<Vec<Event>,
                 timestamp: text("timestamp"),
                 event_type: text("event_type"),
                 actor: text("actor"),
+                summary: summary(&event["details"]),
                 details: serde_json::to_string_pretty(&event["details"]).unwrap_or_default(),
                 prev_hash: text("prev_hash"),
                 hash: text("hash"),

@@ -327,7 +327,7 @@ impl Dashboard {
         let mut history = self.runs(id).await?;
         let is_open = history.first().is_some_and(Run::is_open);
         let open = is_open.then(|| history.remove(0));
-        let has_snapshot = self.rollback_plan(id).await?.is_some();
+        let has_snapshot = self.health.updates.has_snapshot(id).await?;
         let checks = if update.status == "applied" && open.is_none() {
             self.verify_after_apply(&update).await?
         } else {

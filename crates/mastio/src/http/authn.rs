@@ -90,8 +90,12 @@ impl<S: Send + Sync> FromRequestParts<S> for AdminCaller {
             return Err(ApiError::new(Kind::Internal, "Internal server error"));
         };
         let mut values = parts.headers.get_all("x-admin-secret").iter();
-        let (Some(candidate), None) = (values.next(), values.next()) else {
-            return Self::from_session(parts);
+        let candidate = match (values.next(), values.next()) {
+            (None, _) => return Self::from_session(parts),
+            (Some(candidate), None) => candidate,
+            (Some(_), Some(_)) => {
+                return Err(ApiError::new(Kind::Unauthenticated, "more than one X-Admin-Secret header"));
+            }
         };
         if !secret.matches(candidate.as_bytes()) {
             return Err(ApiError::new(Kind::Denied, "invalid admin secret"));

@@ -39,6 +39,12 @@ impl Updates {
         Ok(store::runs(&mut self.pki.store.read().await?, migration_id, HISTORY_RUNS_MAX).await?)
     }
 
+    /// Whether there is something to roll back to.
+    pub async fn has_snapshot(&self, migration_id: &str) -> Result<bool, UpdateError> {
+        let mut tx = self.pki.store.read().await?;
+        Ok(store::snapshot_taken_at(&mut tx, migration_id).await?.is_some())
+    }
+
     /// What a rollback would do. Errors: [`UpdateError::Unknown`]; [`UpdateError::NoSnapshot`].
     pub async fn rollback_plan(&self, migration_id: &str) -> Result<RollbackPlan, UpdateError> {
         self.known(migration_id).await?;

@@ -13,7 +13,7 @@
     for (const code of root.querySelectorAll("[data-copy]:not([role])")) {
       code.setAttribute("role", "button");
       code.setAttribute("tabindex", "0");
-      code.setAttribute("aria-label", "Copy " + code.dataset.copy);
+      code.title = "Copy " + code.dataset.copy;
     }
   }
 
