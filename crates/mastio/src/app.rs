@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
-use crate::config::Config;
+use crate::config::{Config, Resolved};
 use crate::dashboard::{self, Dashboard};
 use crate::enrollment::{self, Agents};
 use crate::entropy::Entropy;
@@ -232,7 +232,8 @@ impl Running {
 }
 
 /// Starts everything and listens.
-pub async fn start(config: Config) -> Result<Running, AppError> {
+pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
+    let Resolved { config, settings, .. } = resolved;
     let deploy = open(&config).await?;
     let (pki, updates) = (Arc::clone(&deploy.pki), Arc::clone(&deploy.updates));
     if config.strict_pki && pki.authority().org_ca_has_legacy_path_len() {
@@ -283,7 +284,7 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         stopping: Arc::clone(&stopping),
     };
     let secret = AdminSecret::new(config.admin_secret.clone());
-    let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone()));
+    let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone(), settings));
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))

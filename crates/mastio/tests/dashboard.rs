@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 10] = [
+const PAGES: [&str; 11] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -27,6 +27,7 @@ const PAGES: [&str; 10] = [
     "/proxy/pki",
     "/proxy/mastio-key",
     "/proxy/audit",
+    "/proxy/settings",
 ];
 
 /// An operator's browser as far as curl is one: a cookie jar.
@@ -103,11 +104,10 @@ fn pages_lead_to_the_sign_in_and_the_api_answers_401() {
     }
     // A part of a page that a script fetches says where to go instead of bringing the sign-in with it.
     let path = format!("/proxy/updates/{MIGRATION}/run");
-    let headers = browser.headers(&path, &["-H", "HX-Request: true"]);
-    assert!(
-        headers.starts_with("http/1.1 401") && headers.contains("hx-redirect: /proxy/login"),
-        "{headers}"
-    );
+    let from = ["-H", "HX-Request: true", "-H", "HX-Current-URL: https://x/proxy/updates"];
+    let headers = browser.headers(&path, &from);
+    assert!(headers.starts_with("http/1.1 401"), "{headers}");
+    assert!(headers.contains("hx-redirect: /proxy/login?next=%2fproxy%2fupdates\r"), "{headers}");
 }
 
 #[test]
@@ -131,6 +131,8 @@ fn a_session_begins_with_the_secret_and_ends_by_sign_out_time_or_another_secret(
         assert!(!answer.body.contains("style=") && !answer.body.contains("onclick"), "{page}");
         assert!(!answer.body.contains("<script>") && !answer.body.contains("http://"), "{page}");
     }
+
+    assert!(!browser.get("/proxy/settings").body.contains(ADMIN_SECRET));
 
     // Whoever reads the database has no cookie: what is stored is not what the browser sends.
     let first = browser.cookie();
@@ -304,7 +306,8 @@ fn held(database: Database) -> Option<(Deploy, PathBuf)> {
 }
 
 fn tell(deploy: &Deploy, story: &str, hold: &Path) -> Value {
-    let screenshots = std::env::var("MASTIO_SCREENSHOTS").ok();
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let screenshots = std::env::var_os("MASTIO_SCREENSHOTS").map(|folder| repository.join(folder));
     if let Some(folder) = &screenshots {
         fs::create_dir_all(folder).unwrap();
     }
@@ -314,7 +317,7 @@ fn tell(deploy: &Deploy, story: &str, hold: &Path) -> Value {
     });
     required_environment("MASTIO_TEST_BROWSER");
     required_environment("MASTIO_TEST_CHROMIUM");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../judges/browser/dashboard.mjs");
+    let script = repository.join("judges/browser/dashboard.mjs");
     let told = run(Command::new("node").arg(script).arg(settings.to_string()));
     println!("{told}");
     serde_json::from_str(told.trim()).unwrap()

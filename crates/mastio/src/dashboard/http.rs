@@ -44,6 +44,7 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/agents/{agent_id}", get(show_agent))
         .route("/proxy/pki", get(show_pki))
         .route("/proxy/mastio-key", get(show_keys))
+        .route("/proxy/settings", get(show_settings))
         .route("/proxy/audit", get(show_audit).post(verify_audit))
         .layer(middleware::from_fn_with_state(Arc::clone(&dashboard), pages))
         .route("/proxy/assets/{name}", get(show_asset))
@@ -85,28 +86,37 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
 /// Renders an error of a handler as a page, and puts the policy on whatever leaves.
 async fn pages(State(dashboard): State<Arc<Dashboard>>, request: Request, next: Next) -> Response {
     let session = request.extensions().get::<Session>().cloned();
-    let in_background = request.headers().contains_key("hx-request");
+    let in_background = page_behind(request.headers());
     let mut response = next.run(request).await;
     if let Some(problem) = response.extensions_mut().remove::<Arc<DashboardError>>() {
-        response = explain(&dashboard, session.as_ref(), &problem, in_background).await;
+        response = explain(&dashboard, session.as_ref(), &problem, in_background.as_deref()).await;
     }
     response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
     response
+}
+
+/// The page whose script asks, where it is a script that asks.
+fn page_behind(headers: &HeaderMap) -> Option<String> {
+    let url = headers.get("hx-request").and(headers.get("hx-current-url"))?.to_str().ok()?;
+    let path = url.split_once("://").and_then(|(_, rest)| rest.find('/').and_then(|at| rest.get(at..)));
+    Some(path.unwrap_or(HOME).to_owned())
 }
 
 async fn explain(
     dashboard: &Dashboard,
     session: Option<&Session>,
     problem: &DashboardError,
-    in_background: bool,
+    in_background: Option<&str>,
 ) -> Response {
     if let DashboardError::SignedOut { next } = problem {
-        let login = format!("/proxy/login?next={}", urlencoded(next));
+        let login = |next: &str| format!("/proxy/login?next={}", urlencoded(next));
         // A script that fetches a part of a page must not put the sign-in into the middle of it.
-        return if in_background {
-            (StatusCode::UNAUTHORIZED, [(HeaderName::from_static("hx-redirect"), login)]).into_response()
-        } else {
-            see_other(&login)
+        return match in_background {
+            Some(page) => {
+                let header = (HeaderName::from_static("hx-redirect"), login(page));
+                (StatusCode::UNAUTHORIZED, [header]).into_response()
+            }
+            None => see_other(&login(next)),
         };
     }
     let (error, retry) = (ApiError::new(problem.kind(), problem.detail()), problem.header());
@@ -399,6 +409,10 @@ async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): View
 
 async fn show_keys(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
     html(&dashboard.keys_page(&session).await?)
+}
+
+async fn show_settings(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.settings_page(&session).await?)
 }
 
 #[derive(Deserialize)]

@@ -20,6 +20,7 @@ mod updates;
 
 use std::sync::Arc;
 
+use crate::config::InForce;
 use crate::enrollment::Agents;
 use crate::health::Health;
 use crate::http::authn::{AdminSecret, Session};
@@ -33,6 +34,7 @@ pub struct Dashboard {
     health: Health,
     agents: Arc<Agents>,
     secret: AdminSecret,
+    settings: Vec<InForce>,
     backoff: Backoff,
 }
 
@@ -62,8 +64,8 @@ struct HaltBanner {
 impl Dashboard {
     /// A dashboard over the parts of a running server.
     #[must_use]
-    pub fn new(health: Health, agents: Arc<Agents>, secret: AdminSecret) -> Self {
-        Self { health, agents, secret, backoff: Backoff::default() }
+    pub fn new(health: Health, agents: Arc<Agents>, secret: AdminSecret, settings: Vec<InForce>) -> Self {
+        Self { health, agents, secret, settings, backoff: Backoff::default() }
     }
 
     fn pki(&self) -> &Pki {

@@ -8,6 +8,7 @@ use super::trust::{Event, events};
 use super::updates::Update;
 use super::{Dashboard, Frame};
 use crate::audit::Filter;
+use crate::config::{InForce, Origin};
 use crate::http::authn::Session;
 
 /// Events that the overview shows.
@@ -46,6 +47,14 @@ pub(super) struct OverviewPage {
     endings: Vec<Ending>,
     retiring: usize,
     events: Vec<Event>,
+}
+
+/// `/proxy/settings`.
+#[derive(Template)]
+#[template(path = "settings.html")]
+pub(super) struct SettingsPage<'a> {
+    frame: Frame,
+    settings: &'a [InForce],
 }
 
 /// `/proxy/login`.
@@ -93,6 +102,11 @@ impl Dashboard {
             retiring: authority.retiring.len(),
             events: events(&self.pki().store, &filter).await?,
         })
+    }
+
+    pub(super) async fn settings_page(&self, session: &Session) -> Result<SettingsPage<'_>, DashboardError> {
+        let frame = self.frame(Some(session), "settings", "Settings").await?;
+        Ok(SettingsPage { frame, settings: &self.settings })
     }
 
     pub(super) async fn login_page(
