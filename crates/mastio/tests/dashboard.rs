@@ -110,6 +110,29 @@ fn pages_lead_to_the_sign_in_and_the_api_answers_401() {
     assert!(headers.contains("hx-redirect: /proxy/login?next=%2fproxy%2fupdates\r"), "{headers}");
 }
 
+/// Every route that the source declares, whoever adds one.
+#[test]
+fn no_route_tells_or_changes_anything_without_a_session() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dashboard/http.rs");
+    let source = fs::read_to_string(source).unwrap();
+    let routes: Vec<&str> =
+        source.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+    assert!(routes.len() > 12, "{routes:?}");
+    let open = ["/proxy/login", "/proxy/assets/{name}"];
+    for route in routes.into_iter().filter(|route| !open.contains(route)) {
+        let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
+        assert!(!path.contains('{'), "{route}: say in this test what it names");
+        for arguments in [&[][..], &["-d", "confirm=yes"]] {
+            let answer = deploy.curl(&path, arguments);
+            assert!(matches!(answer.status, 303 | 405), "{path} {arguments:?}: {answer:?}");
+            assert!(answer.body.is_empty(), "{path} {arguments:?}: {answer:?}");
+        }
+    }
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "pending");
+}
+
 #[test]
 fn a_session_begins_with_the_secret_and_ends_by_sign_out_time_or_another_secret() {
     let Some(deploy) = pending() else { return };
@@ -224,7 +247,7 @@ fn guessing_gets_slow_and_nobody_is_locked_out_for_good() {
         let answer = guess("wrong");
         (answer.status == 429).then_some(answer)
     });
-    assert!(refused.body.contains("try again in"), "{}", refused.body);
+    assert!(refused.body.contains("try again in") && refused.body.contains("<form"), "{}", refused.body);
     // The header goes on working, from the same address.
     deploy.admin_get("/proxy/updates/api").expect(200);
     // Tries that were not judged are not recorded, so nobody can flood the log.
@@ -259,6 +282,39 @@ fn what_an_agent_s_name_holds_is_text() {
     assert!(browser.get("/proxy/agents").body.contains("&#60;script&#62;alert(1)"));
 }
 
+/// Rows that an operator's SQL, another version or a broken disk put there.
+#[test]
+fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let script = "<script>alert(1)</script>";
+    let id = "2027-01-01-<script>";
+    deploy.sql(&format!(
+        "INSERT INTO pending_updates (migration_id, detected_at, status, error) \
+         VALUES ('{id}', '2027-01-01T00:00:00Z', 'failed', '{script}')"
+    ));
+    deploy.sql(&format!(
+        "INSERT INTO audit_events (seq, id, timestamp, event_type, actor, details, prev_hash, hash) VALUES \
+         (1000, 'x', '2027-01-01T00:00:00.000000Z', '{script}', '{script}', '{{\"{script}\": \"{script}\"}}', 'x', 'y')"
+    ));
+    wait_for("the halt", || deploy.is_halted().then_some(()));
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    let page = "/proxy/updates/2027-01-01-%3cscript%3e";
+    for path in ["/proxy", "/proxy/updates", page, &format!("{page}/rollback-plan"), "/proxy/audit"] {
+        let answer = browser.get(path);
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        assert!(!answer.body.contains("<script>"), "{path}: {}", answer.body);
+        assert!(answer.body.contains(&format!("href=\"{page}\"")), "the banner on {path}: {}", answer.body);
+    }
+    // This version cannot apply what it does not know.
+    let plan = browser.get(&format!("{page}/apply-plan"));
+    assert_eq!(plan.status, 404, "{}", plan.body);
+    let token = browser.csrf_token();
+    let verified = browser.ask("/proxy/audit", &["-d", &format!("csrf_token={token}")]);
+    assert!(verified.body.contains("Broken:"), "{}", verified.body);
+}
+
 #[test]
 fn a_sign_in_leads_to_no_other_site() {
     let mut deploy = Deploy::empty();
@@ -291,6 +347,51 @@ fn what_pages_load_is_kept_for_good_under_a_name_of_its_own() {
         let headers = browser.headers(asset, &[]);
         assert!(headers.starts_with("http/1.1 200"), "{asset}: {headers}");
         assert!(headers.contains("cache-control: public, max-age=31536000, immutable"), "{asset}: {headers}");
+    }
+}
+
+/// The numbers that a rollback plan shows, in order.
+fn counts(page: &str) -> Vec<i64> {
+    let numbers = page.split("<dd>").skip(1).map(|rest| rest.split('<').next().unwrap().trim().parse());
+    numbers.collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn a_rollback_plan_says_what_the_rollback_then_does() {
+    // The predecessor's own apply, its torn apply, ours over that, and ours.
+    for (fixture, database, apply) in [
+        ("py_applied", Database::Sqlite, false),
+        ("py_torn5", Database::Sqlite, false),
+        ("py_torn5", Database::Postgres, false),
+        ("py_torn5", Database::Sqlite, true),
+        ("py_connector5_pending", Database::Postgres, true),
+    ] {
+        let Some(deploy) = Deploy::legacy(fixture) else { return };
+        let mut deploy = deploy.on(database);
+        deploy.start();
+        if apply {
+            deploy.apply().expect(200);
+        }
+        if !deploy.is_halted() {
+            deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "enrolled-since" })).expect(201);
+        }
+        let browser = Browser::new(&deploy, "a");
+        browser.sign_in();
+        let path = format!("/proxy/updates/{MIGRATION}/rollback-plan");
+        let page = browser.get(&path).body;
+        let token = browser.csrf_token();
+        let sent = browser.ask(&path, &["-d", &format!("confirm=yes&csrf_token={token}")]);
+        assert_eq!(sent.status, 303, "{}", sent.body);
+        wait_for("the rollback", || {
+            (deploy.sql("SELECT status FROM pending_updates") == "rolled_back").then_some(())
+        });
+        let events = deploy.admin_get("/v1/admin/audit?event_type=admin.update_rolled_back").expect(200);
+        let details = &events[0]["details"];
+        let done = ["restored_leaves", "carried_back_leaves"].map(|name| details[name].as_i64().unwrap());
+        println!("{fixture} on {database:?}, applied by us: {apply}: {done:?}");
+        assert_eq!(counts(&page), done, "{fixture} on {database:?}, applied by us: {apply}: {page}");
+        let gone = browser.get(&path).body;
+        assert!(gone.contains("There is nothing to roll back to yet"), "{gone}");
     }
 }
 

@@ -119,28 +119,29 @@ async fn explain(
             None => see_other(&login(next)),
         };
     }
-    let (error, retry) = (ApiError::new(problem.kind(), problem.detail()), problem.header());
-    let message = match problem.kind() {
-        Kind::Internal => "Something went wrong on our side. The log has the cause.".to_owned(),
-        _ => error.message().to_owned(),
-    };
-    if problem.kind() == Kind::Internal {
+    let message = if problem.kind() == Kind::Internal {
         tracing::error!(error = crate::http::error::chain(problem), "page_failed");
-    }
-    let status = error.status();
+        "Something went wrong on our side. The log has the cause.".to_owned()
+    } else {
+        ApiError::new(problem.kind(), problem.detail()).message().to_owned()
+    };
+    let mut response = ApiError::new(problem.kind(), message.clone()).into_response();
+    let status = response.status().as_u16();
     // A refused sign-in shows the form again, with the reason.
     let page = if matches!(problem, DashboardError::WrongSecret | DashboardError::TooManyTries { .. }) {
         dashboard.login_page(HOME.to_owned(), Some(message)).await.and_then(|page| Ok(page.render()?))
     } else {
-        let page = dashboard.error_page(session, status.as_u16(), message).await;
+        let page = dashboard.error_page(session, status, message).await;
         page.and_then(|page| Ok(page.render()?))
     };
-    let mut response = match page {
-        Ok(text) => (status, axum::response::Html(text)).into_response(),
-        // The page around the error could not be made either: the plain error tells as much.
-        Err(_) => error.into_response(),
-    };
-    if let Some((name, value)) = retry {
+    // Where not even the page around the error can be made, the plain error tells as much.
+    if let Ok(text) = page {
+        *response.body_mut() = text.into();
+        let html = HeaderValue::from_static("text/html; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, html);
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    if let Some((name, value)) = problem.header() {
         response.headers_mut().insert(name, value);
     }
     response

@@ -25,7 +25,7 @@ use crate::enrollment::Agents;
 use crate::health::Health;
 use crate::http::authn::{AdminSecret, Session};
 use crate::pki::Pki;
-use crate::updates::halt::HaltReason;
+use crate::updates::halt::{self, HaltReason};
 use backoff::Backoff;
 use error::DashboardError;
 
@@ -56,7 +56,7 @@ pub struct Frame {
 struct HaltBanner {
     what: String,
     since: Option<String>,
-    further: usize,
+    further: i64,
     /// The one thing to do: where, and what it says.
     act: Option<(String, &'static str)>,
 }
@@ -97,9 +97,10 @@ impl Dashboard {
     }
 
     async fn halt(&self) -> Result<Option<HaltBanner>, DashboardError> {
-        let halt = self.pki().gate().halt();
+        // From the database, not from memory: another replica, or an operator's SQL, may just have changed it.
+        let halt = halt::read(&mut self.pki().store.read().await?).await?;
         let Some(reason) = halt.reasons.first() else { return Ok(None) };
-        let further = halt.reasons.len() - 1;
+        let further = i64::try_from(halt.reasons.len()).unwrap_or(i64::MAX) - 1;
         let since = match reason.migration_id() {
             Some(id) => self.update(id).await?.and_then(|update| update.detected_at),
             None => None,

@@ -45,7 +45,7 @@ pub(super) struct OverviewPage {
     warnings: Vec<String>,
     waiting: Vec<Update>,
     endings: Vec<Ending>,
-    retiring: usize,
+    retiring: i64,
     events: Vec<Event>,
 }
 
@@ -99,7 +99,7 @@ impl Dashboard {
             warnings: self.health.warnings(),
             waiting,
             endings,
-            retiring: authority.retiring.len(),
+            retiring: i64::try_from(authority.retiring.len()).unwrap_or(i64::MAX),
             events: events(&self.pki().store, &filter).await?,
         })
     }

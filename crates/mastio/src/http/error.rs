@@ -52,9 +52,7 @@ impl ApiError {
         self.detail.as_str().or_else(|| self.detail["message"].as_str()).unwrap_or("The request was refused")
     }
 
-    /// The status it is answered with.
-    #[must_use]
-    pub fn status(&self) -> StatusCode {
+    fn status(&self) -> StatusCode {
         match self.kind {
             Kind::Invalid => StatusCode::BAD_REQUEST,
             Kind::Unprocessable => StatusCode::UNPROCESSABLE_ENTITY,

@@ -53,14 +53,21 @@ impl Updates {
         let taken_at = store::snapshot_taken_at(&mut tx, migration_id).await?.unwrap_or_default();
         let run = store::run_by_id(&mut tx, &snapshot.run_id).await?;
         // A predecessor's run wrote what stands, whatever its row says.
-        let changed = run.is_some_and(|run| run.committed || run.actor == PREDECESSOR);
+        let committed = run.as_ref().is_some_and(|run| run.committed);
+        let torn = !committed && run.is_some_and(|run| run.actor == PREDECESSOR);
+        let changed = committed || torn;
         let (restored_leaves, carried_leaves) =
-            if changed { store::rollback_counts(&mut tx, &snapshot.run_id).await? } else { (0, 0) };
+            if changed { store::rollback_counts(&mut tx, &snapshot.run_id, torn).await? } else { (0, 0) };
         let root = store::image(&mut tx, &snapshot.run_id, &Cell::config(config_key::ORG_CA_CERT)).await?;
         let restored = match root.filter(|_| changed).as_ref().and_then(|image| image.restored()) {
             Some(pem) => Some(CertificateSummary::of(&Certificate::from_pem(pem)?)),
             None => None,
         };
+        let present = CertificateSummary::of(&self.pki.authority().org_ca);
+        // A torn run may not have come as far as the Org CA.
+        let restored = restored.filter(|restored| {
+            (&restored.spki_sha256, restored.path_len) != (&present.spki_sha256, present.path_len)
+        });
         let blocker = store::blocker(&mut tx, migration_id, &snapshot.run_id).await?;
         Ok(RollbackPlan {
             taken_at: super::shown(&taken_at),
@@ -68,7 +75,7 @@ impl Updates {
             changed,
             restored_leaves,
             carried_leaves,
-            present: CertificateSummary::of(&self.pki.authority().org_ca),
+            present,
             restored,
             blocker,
         })

@@ -891,18 +891,23 @@ pub async fn snapshot_taken_at(
         .transpose()
 }
 
-/// Of a run's leaves: how many still read as it wrote them, and how many Mastio-issued leaves arose or changed since.
-pub async fn rollback_counts(tx: &mut impl Query, run_id: &str) -> Result<(i64, i64), StoreError> {
+/// What a rollback to a run's images does to the Mastio-issued leaves: how many it sets back, and how many it carries.
+///
+/// A leaf is set back that still reads as the run wrote it; of a `torn` run of the predecessor, every leaf that it saw.
+pub async fn rollback_counts(
+    tx: &mut impl Query,
+    run_id: &str,
+    torn: bool,
+) -> Result<(i64, i64), StoreError> {
     let row = tx
         .row(
-            "SELECT CAST(COALESCE(SUM(CASE WHEN i.row_key IS NOT NULL AND i.after IS NOT DISTINCT FROM a.cert_pem \
-             THEN 1 ELSE 0 END), 0) AS BIGINT), \
-             CAST(COALESCE(SUM(CASE WHEN i.row_key IS NOT NULL AND i.after IS NOT DISTINCT FROM a.cert_pem \
-             THEN 0 ELSE 1 END), 0) AS BIGINT) FROM internal_agents a \
+            "SELECT CAST(COALESCE(SUM(set_back), 0) AS BIGINT), CAST(COUNT(*) - COALESCE(SUM(set_back), 0) AS BIGINT) \
+             FROM (SELECT CASE WHEN i.row_key IS NOT NULL AND ($2 = 1 OR (i.changes = 1 \
+             AND i.after IS NOT DISTINCT FROM a.cert_pem)) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
              LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
-             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id AND i.changes = 1 \
-             WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')",
-            values![run_id],
+             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id \
+             WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')) leaves",
+            values![run_id, torn],
         )
         .await?
         .ok_or(StoreError::HeadMissing)?;
