@@ -11,9 +11,12 @@ pub(super) fn crash_point(name: &str) {
     if std::env::var("MASTIO_HOLD_AT").is_ok_and(|at| at == name)
         && let Ok(file) = std::env::var("MASTIO_HOLD_FILE")
     {
-        while std::path::Path::new(&file).exists() {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        // The server goes on meanwhile: what waits on this worker is handed to another.
+        tokio::task::block_in_place(|| {
+            while std::path::Path::new(&file).exists() {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
     }
 }
 
