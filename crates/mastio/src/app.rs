@@ -22,7 +22,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
-use crate::config::Config;
+use crate::config::{Config, Resolved};
+use crate::dashboard::{self, Dashboard};
 use crate::enrollment::{self, Agents};
 use crate::entropy::Entropy;
 use crate::gateway::{self, Gateway};
@@ -237,7 +238,8 @@ impl Running {
 }
 
 /// Starts everything and listens.
-pub async fn start(config: Config) -> Result<Running, AppError> {
+pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
+    let Resolved { config, settings, .. } = resolved;
     let deploy = open(&config).await?;
     let (pki, updates) = (Arc::clone(&deploy.pki), Arc::clone(&deploy.updates));
     if config.strict_pki && pki.authority().org_ca_has_legacy_path_len() {
@@ -289,6 +291,8 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         version: config.version.clone(),
         stopping: Arc::clone(&stopping),
     };
+    let secret = AdminSecret::new(config.admin_secret.clone());
+    let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone(), settings));
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
@@ -297,10 +301,12 @@ pub async fn start(config: Config) -> Result<Running, AppError> {
         .merge(gateway::routes(gateway))
         .merge(updates::http::routes(Arc::clone(&updates)))
         .merge(crate::audit::http::routes(pki.store.clone()))
+        .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
+        .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
-        .layer(axum::Extension(AdminSecret::new(config.admin_secret.clone())))
+        .layer(axum::Extension(secret))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn_with_state(config.trusted_front.clone(), crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);

@@ -383,7 +383,7 @@ async fn serve(resolved: Resolved) -> Result<(), Failure> {
         tracing::info!(names = resolved.unused.join(","), "settings_unused: this server does not have them");
     }
     let stopped = stop_signal()?;
-    let running = crate::app::start(resolved.config).await?;
+    let running = crate::app::start(resolved).await?;
     stopped.await;
     tracing::info!("stopping: accepted requests finish first");
     running.stop().await;

@@ -50,7 +50,8 @@ pub fn routes(health: Health) -> Router {
 
 impl Health {
     /// What operators should know, by stable names.
-    fn warnings(&self) -> Vec<String> {
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
         let authority = self.pki.authority();
         let mut warnings = Vec::new();
         if authority.org_ca_has_legacy_path_len() {

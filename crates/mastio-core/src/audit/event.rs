@@ -101,6 +101,12 @@ event_types! {
     PkiCertificateIssued = "pki.certificate_issued",
     /// A certificate for our own TLS listener was issued.
     PkiTlsCertificateIssued = "pki.tls_certificate_issued",
+    /// An operator signed in to the dashboard.
+    DashboardLogin = "dashboard.login",
+    /// A sign-in to the dashboard was refused.
+    DashboardLoginFailed = "dashboard.login_failed",
+    /// An operator signed out of the dashboard.
+    DashboardLogout = "dashboard.logout",
     /// The head of this chain was signed.
     AuditHeadSigned = "audit.head_signed",
 }

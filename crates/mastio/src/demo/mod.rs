@@ -20,7 +20,7 @@ use crate::app::Running;
 use crate::cli::remote::Remote;
 use crate::cli::{Direction, Failure, Progress, print, stop_signal, watched_change};
 use crate::clock::{Clock as _, SystemClock};
-use crate::config::{self, AdminSecret, Config, ENV_FILE, Flags, Surroundings};
+use crate::config::{self, AdminSecret, ENV_FILE, Flags, Resolved, Surroundings};
 use crate::entropy::Entropy;
 use agent::{AgentClient, AgentError};
 use upstream::{TOOL, Upstream};
@@ -46,14 +46,14 @@ pub struct Options {
 pub async fn run(options: Options) -> Result<(), Failure> {
     crate::logging::init(false, "error");
     let folder = Folder::new(options.data_dir)?;
-    let config = unpack(&folder.path, &options.listen)?;
-    let admin_secret = config.admin_secret.clone();
+    let resolved = unpack(&folder.path, &options.listen)?;
+    let admin_secret = resolved.config.admin_secret.clone();
     let upstream = Upstream::start()
         .await
         .map_err(|error| Failure::because("the demo's MCP server cannot listen", error))?;
     let stopped = stop_signal()?;
     let begun = Instant::now();
-    let running = crate::app::start(config).await.map_err(|error| {
+    let running = crate::app::start(resolved).await.map_err(|error| {
         Failure::because(
             "the demo's server did not start; if its port is taken, choose another with --listen 127.0.0.1:0",
             error,
@@ -116,7 +116,7 @@ impl Drop for Folder {
 
 /// Puts the legacy database in place and configures a server for it. Nothing of the operator's own environment is
 /// read: the demo must never touch a deploy of theirs.
-fn unpack(folder: &Path, listen: &str) -> Result<Config, Failure> {
+fn unpack(folder: &Path, listen: &str) -> Result<Resolved, Failure> {
     let unwritable =
         |path: &Path, error| Failure::because(format!("{} cannot be written", path.display()), error);
     let file = |name: &str, content: &[u8]| {
@@ -146,7 +146,7 @@ fn unpack(folder: &Path, listen: &str) -> Result<Config, Failure> {
         .with("MCP_PROXY_LISTEN", listen)
         .with("MCP_PROXY_INTERNAL_HOST_ALLOWLIST", "127.0.0.1");
     let surroundings = Surroundings::alone_in(folder);
-    Ok(config::resolve(&flags, &surroundings, AdminSecret::Needed, &Entropy::default())?.config)
+    Ok(config::resolve(&flags, &surroundings, AdminSecret::Needed, &Entropy::default())?)
 }
 
 /// An agent built from the files it has always had, trusting `ca_pem`.

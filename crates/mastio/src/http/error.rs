@@ -46,6 +46,12 @@ impl ApiError {
         Self { kind, detail: Box::new(detail.into()), header: None }
     }
 
+    /// What a person reads: the detail's text, or its `message`.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        self.detail.as_str().or_else(|| self.detail["message"].as_str()).unwrap_or("The request was refused")
+    }
+
     fn status(&self) -> StatusCode {
         match self.kind {
             Kind::Invalid => StatusCode::BAD_REQUEST,

@@ -191,7 +191,7 @@ impl Tokens {
                 org: authority.org_id.clone(),
             };
             let epoch = permit.epoch();
-            let (access_token, kid) = sign(permit, Arc::clone(&authority), &claims).await?;
+            let (access_token, kid) = sign(&permit, &authority, &claims)?;
             let event = Event {
                 event_type: EventType::TokenIssued,
                 actor: claims.subject.clone(),
@@ -360,21 +360,16 @@ fn presented(unverified: &UnverifiedAssertion, now: UnixTime) -> Result<Presente
     Ok(Presented { assertion, leaf, beside: chain.collect() })
 }
 
-/// Signs off the executor's threads.
-async fn sign(
-    permit: SignPermit,
-    authority: Arc<crate::pki::Authority>,
+/// Signs where it stands: a P-256 signature takes 25 µs, less than the way to another thread and back.
+fn sign(
+    permit: &SignPermit,
+    authority: &crate::pki::Authority,
     claims: &AccessTokenClaims,
-) -> Result<(String, String), TokenEndpointError> {
-    let kid = authority.active_token_key().ok_or(crate::pki::PkiError::NoTokenKey)?.kid.clone();
-    let unsigned = claims.to_unsigned(&kid);
-    let token = blocking(move || -> Result<String, crate::pki::PkiError> {
-        let key = authority.active_token_key().ok_or(crate::pki::PkiError::NoTokenKey)?;
-        let signature = key.key.sign_jws(&permit, unsigned.as_bytes())?;
-        Ok(assemble(&unsigned, &signature))
-    })
-    .await??;
-    Ok((token, kid))
+) -> Result<(String, String), crate::pki::PkiError> {
+    let key = authority.active_token_key().ok_or(crate::pki::PkiError::NoTokenKey)?;
+    let unsigned = claims.to_unsigned(&key.kid);
+    let signature = key.key.sign_jws(permit, unsigned.as_bytes())?;
+    Ok((assemble(&unsigned, &signature), key.kid.clone()))
 }
 
 async fn blocking<T: Send + 'static>(

@@ -1,10 +1,22 @@
-//! Points at which a test kills the process, as a power cut would. Compiled to nothing without `crash-points`.
+//! Points at which a test kills the process, as a power cut would, or holds a run to look at it. Compiled to nothing
+//! without `crash-points`.
 
-/// Dies here if the environment names this point in `MASTIO_CRASH_AT`.
+/// Dies here if the environment names this point in `MASTIO_CRASH_AT`. Waits here, if it names it in `MASTIO_HOLD_AT`,
+/// for as long as the file `MASTIO_HOLD_FILE` exists.
 #[cfg(feature = "crash-points")]
 pub(super) fn crash_point(name: &str) {
     if std::env::var("MASTIO_CRASH_AT").is_ok_and(|at| at == name) {
         std::process::abort();
+    }
+    if std::env::var("MASTIO_HOLD_AT").is_ok_and(|at| at == name)
+        && let Ok(file) = std::env::var("MASTIO_HOLD_FILE")
+    {
+        // The server goes on meanwhile: what waits on this worker is handed to another.
+        tokio::task::block_in_place(|| {
+            while std::path::Path::new(&file).exists() {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
     }
 }
 

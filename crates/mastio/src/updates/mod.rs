@@ -15,6 +15,7 @@ pub mod doctor;
 mod engine;
 pub mod error;
 pub mod halt;
+pub mod history;
 pub mod http;
 pub mod migration;
 pub mod migrations;
@@ -45,8 +46,8 @@ pub use engine::Outcome;
 pub use error::UpdateError;
 use halt::EnrollmentType;
 use migration::Migration;
-pub use rehearsal::Plan;
 use rehearsal::Rehearsal;
+pub use rehearsal::{CertificateSummary, Plan};
 
 /// How runs that the predecessor left name their actor.
 pub const PREDECESSOR: &str = "predecessor";
@@ -424,6 +425,30 @@ impl Updates {
         };
         let run_id = self.admit(migration, direction, actor).await?;
         self.run(migration, run_id, direction, actor, planned).await
+    }
+
+    /// Admits a run and lets it go on by itself, for a caller who comes back to look.
+    ///
+    /// Errors: why it was not admitted. How the run ends is in its row and in the log.
+    pub async fn begin(
+        self: &Arc<Self>,
+        migration_id: &str,
+        direction: Direction,
+        actor: &str,
+    ) -> Result<(), UpdateError> {
+        let migration = self.known(migration_id).await?;
+        let (updates, actor) = (Arc::clone(self), actor.to_owned());
+        // A task of its own: a caller who hangs up between admission and start must not leave a run that nobody drives.
+        let admission = tokio::spawn(async move {
+            let run_id = updates.admit(migration, direction, &actor).await?;
+            tokio::spawn(async move {
+                if let Err(error) = updates.run(migration, run_id, direction, &actor, None).await {
+                    tracing::warn!(error = chain(&error), "update_run_ended_with_error");
+                }
+            });
+            Ok(())
+        });
+        admission.await.unwrap_or(Err(UpdateError::Stopped))
     }
 
     async fn known(&self, migration_id: &str) -> Result<&'static dyn Migration, UpdateError> {

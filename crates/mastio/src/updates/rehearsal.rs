@@ -66,7 +66,9 @@ pub struct CertificateSummary {
 }
 
 impl CertificateSummary {
-    fn of(certificate: &Certificate) -> Self {
+    /// The summary of `certificate`.
+    #[must_use]
+    pub fn of(certificate: &Certificate) -> Self {
         Self {
             subject: certificate.subject_display(),
             issuer: certificate.issuer_display(),

@@ -1093,3 +1093,91 @@ pub async fn impossible_checks(tx: &mut impl Query) -> Result<Vec<(String, Strin
         .map(|row| Ok((row.text(0)?.trim_start_matches("impossible_check:").to_owned(), row.text(1)?)))
         .collect()
 }
+
+/// A run as its history shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunRecord {
+    /// ULID.
+    pub run_id: String,
+    /// `apply` or `rollback`.
+    pub direction: String,
+    /// The last phase that it entered.
+    pub phase: String,
+    /// What is done of that phase.
+    pub done: i64,
+    /// How much there is; 0 where the phase does not count.
+    pub total: i64,
+    /// Who asked for it.
+    pub actor: String,
+    /// When it began, as stored.
+    pub started_at: String,
+    /// When it ended.
+    pub finished_at: Option<String>,
+    /// When it changed state, where it did.
+    pub committed_at: Option<String>,
+    /// When the stored state passed verification.
+    pub verified_at: Option<String>,
+    /// Why it was refused or failed.
+    pub error: Option<String>,
+}
+
+/// The runs of a migration, newest first.
+pub async fn runs(tx: &mut impl Query, migration_id: &str, limit: i64) -> Result<Vec<RunRecord>, StoreError> {
+    tx.rows(
+        "SELECT run_id, direction, phase, done, total, actor, started_at, finished_at, committed_at, verified_at, error \
+         FROM update_runs WHERE migration_id = $1 ORDER BY started_at DESC, run_id DESC LIMIT $2",
+        values![migration_id, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(RunRecord {
+            run_id: row.text(0)?,
+            direction: row.text(1)?,
+            phase: row.text(2)?,
+            done: row.integer(3)?,
+            total: row.integer(4)?,
+            actor: row.text(5)?,
+            started_at: row.text(6)?,
+            finished_at: row.optional_text(7)?,
+            committed_at: row.optional_text(8)?,
+            verified_at: row.optional_text(9)?,
+            error: row.optional_text(10)?,
+        })
+    })
+    .collect()
+}
+
+/// When the snapshot of a migration was taken.
+pub async fn snapshot_taken_at(
+    tx: &mut impl Query,
+    migration_id: &str,
+) -> Result<Option<String>, StoreError> {
+    tx.row("SELECT created_at FROM migration_state_backups WHERE migration_id = $1", values![migration_id])
+        .await?
+        .map(|row| row.text(0))
+        .transpose()
+}
+
+/// What a rollback to a run's images does to the Mastio-issued leaves: how many it sets back, and how many it carries.
+///
+/// A leaf is set back that still reads as the run wrote it; of a `torn` run of the predecessor, every leaf that it saw.
+pub async fn rollback_counts(
+    tx: &mut impl Query,
+    run_id: &str,
+    torn: bool,
+) -> Result<(i64, i64), StoreError> {
+    let row = tx
+        .row(
+            "SELECT CAST(COALESCE(SUM(set_back), 0) AS BIGINT), CAST(COUNT(*) - COALESCE(SUM(set_back), 0) AS BIGINT) \
+             FROM (SELECT CASE WHEN i.row_key IS NOT NULL AND ($2 = 1 OR (i.changes = 1 \
+             AND i.after IS NOT DISTINCT FROM a.cert_pem)) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
+             LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id \
+             WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')) leaves",
+            values![run_id, torn],
+        )
+        .await?
+        .ok_or(StoreError::HeadMissing)?;
+    Ok((row.integer(0)?, row.integer(1)?))
+}

@@ -6,6 +6,7 @@
 
 mod s0001_foundation;
 mod s0002_profile_gaps;
+mod s0003_dashboard;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -31,6 +32,7 @@ pub struct Step {
 pub const STEPS: &[Step] = &[
     s0001_foundation::STEP,
     s0002_profile_gaps::STEP,
+    s0003_dashboard::STEP,
     // The next step goes here.
 ];
 
@@ -66,8 +68,10 @@ pub async fn apply(tx: &mut WriteTx, now: &str) -> Result<(), StoreError> {
     .await?;
     let done = tx.rows("SELECT step, checksum FROM mastio_schema ORDER BY step", &[]).await?;
     let known = STEPS.last().map_or(0, |step| step.number);
+    let mut applied = Vec::with_capacity(done.len());
     for row in &done {
         let (found_step, found) = (row.integer(0)?, row.text(1)?);
+        applied.push(found_step);
         let Some(step) = STEPS.iter().find(|step| step.number == found_step) else {
             return Err(StoreError::SchemaNewer { found: found_step, known });
         };
@@ -75,7 +79,8 @@ pub async fn apply(tx: &mut WriteTx, now: &str) -> Result<(), StoreError> {
             return Err(StoreError::SchemaChanged { step: found_step, found, expected: step.checksum() });
         }
     }
-    for step in STEPS.iter().skip(done.len()) {
+    // By number, not by count: numbers may have gaps.
+    for step in STEPS.iter().filter(|step| !applied.contains(&step.number)) {
         let own = if tx.is_postgres() { step.postgres } else { step.sqlite };
         for statement in step.both.split("--;").chain(own.split("--;")).map(str::trim) {
             if !statement.is_empty() {

@@ -1,0 +1,38 @@
+// Copying, and times in the viewer's zone. Pages read and act without it.
+(() => {
+  "use strict";
+  const local = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
+  function dress(root) {
+    for (const time of root.querySelectorAll("time[datetime]:not([title])")) {
+      const at = new Date(time.dateTime);
+      if (Number.isNaN(at.getTime())) continue;
+      time.title = time.textContent;
+      time.textContent = local.format(at);
+    }
+    for (const code of root.querySelectorAll("[data-copy]:not([role])")) {
+      code.setAttribute("role", "button");
+      code.setAttribute("tabindex", "0");
+      code.title = "Copy " + code.dataset.copy;
+    }
+  }
+
+  async function copy(code) {
+    await navigator.clipboard.writeText(code.dataset.copy);
+    code.classList.add("copied");
+    setTimeout(() => code.classList.remove("copied"), 1200);
+  }
+
+  document.addEventListener("click", (event) => {
+    const code = event.target.closest("[data-copy]");
+    if (code) copy(code);
+  });
+  document.addEventListener("keydown", (event) => {
+    if ((event.key === "Enter" || event.key === " ") && event.target.matches("[data-copy]")) {
+      event.preventDefault();
+      copy(event.target);
+    }
+  });
+  document.addEventListener("htmx:afterSettle", () => dress(document));
+  dress(document);
+})();

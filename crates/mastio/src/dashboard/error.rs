@@ -1,0 +1,82 @@
+//! What can go wrong with a page, mapped once to what its reader is told.
+
+use axum::http::{HeaderName, HeaderValue, header};
+use mastio_core::error::Kind;
+
+use crate::enrollment::EnrollmentError;
+use crate::http::error::Problem;
+use crate::store::StoreError;
+use crate::updates::UpdateError;
+
+/// Why a page was not shown or a form not acted upon.
+#[derive(Debug, thiserror::Error)]
+pub enum DashboardError {
+    /// Nobody has signed in.
+    #[error("sign in first")]
+    SignedOut {
+        /// Where to go on after it.
+        next: String,
+    },
+    /// The secret is wrong.
+    #[error("this is not the admin secret: it is MCP_PROXY_ADMIN_SECRET in proxy.env")]
+    WrongSecret,
+    /// Too many wrong tries.
+    #[error("too many wrong tries from your address: try again in {seconds} s")]
+    TooManyTries {
+        /// How long to wait.
+        seconds: i64,
+    },
+    /// The form does not carry this session's token.
+    #[error("this form belongs to another session: go back, reload the page and send it again")]
+    ForeignForm,
+    /// The form is not one of ours.
+    #[error("the form cannot be read")]
+    Malformed,
+    /// There is no such thing.
+    #[error("there is no {0}")]
+    NotFound(String),
+    /// A template could not be rendered.
+    #[error("the page cannot be rendered")]
+    Render(#[from] askama::Error),
+    /// Updates.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    /// Agents.
+    #[error(transparent)]
+    Enrollment(#[from] EnrollmentError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Problem for DashboardError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::SignedOut { .. } => Kind::Unauthenticated,
+            Self::WrongSecret | Self::ForeignForm => Kind::Denied,
+            Self::TooManyTries { .. } => Kind::Limited,
+            Self::Malformed => Kind::Invalid,
+            Self::NotFound(_) => Kind::NotFound,
+            Self::Render(_) => Kind::Internal,
+            Self::Update(error) => error.kind(),
+            Self::Enrollment(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+        }
+    }
+
+    fn detail(&self) -> serde_json::Value {
+        match self {
+            Self::Update(error) => error.detail(),
+            Self::Enrollment(error) => error.detail(),
+            Self::Store(error) => error.detail(),
+            other => serde_json::Value::String(other.to_string()),
+        }
+    }
+
+    fn header(&self) -> Option<(HeaderName, HeaderValue)> {
+        match self {
+            Self::TooManyTries { seconds } => Some((header::RETRY_AFTER, HeaderValue::from(*seconds))),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! `/proxy/…`: the pages, signing in and out, what pages load.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use askama::Template;
+use axum::extract::{Form, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Router};
+use mastio_core::error::Kind;
+use serde::Deserialize;
+
+use super::error::DashboardError;
+use super::{Dashboard, assets, session, urlencoded};
+use crate::http::authn::Session;
+use crate::http::context::Context;
+use crate::http::error::{ApiError, Problem as _};
+use crate::updates::{Direction, UpdateError};
+
+/// `__Host-`: only we can have set it, over TLS, for this host alone.
+const COOKIE: &str = "__Host-mastio-session";
+/// Nothing from elsewhere, nothing inline, in nobody's frame.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+                      form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+/// Where a sign-in leads by itself.
+const HOME: &str = "/proxy";
+
+/// The routes of this capability.
+pub fn routes(dashboard: Arc<Dashboard>) -> Router {
+    Router::new()
+        .route("/proxy", get(show_overview))
+        .route("/proxy/login", get(show_login).post(sign_in))
+        .route("/proxy/logout", post(sign_out))
+        .route("/proxy/updates", get(show_updates))
+        .route("/proxy/updates/{migration_id}", get(show_update))
+        .route("/proxy/updates/{migration_id}/run", get(show_run))
+        .route("/proxy/updates/{migration_id}/apply-plan", get(show_apply_plan).post(begin_apply))
+        .route("/proxy/updates/{migration_id}/rollback-plan", get(show_rollback_plan).post(begin_rollback))
+        .route("/proxy/agents", get(show_agents))
+        .route("/proxy/agents/{agent_id}", get(show_agent))
+        .route("/proxy/pki", get(show_pki))
+        .route("/proxy/mastio-key", get(show_keys))
+        .route("/proxy/settings", get(show_settings))
+        .route("/proxy/audit", get(show_audit).post(verify_audit))
+        .layer(middleware::from_fn_with_state(Arc::clone(&dashboard), pages))
+        .route("/proxy/assets/{name}", get(show_asset))
+        .with_state(dashboard)
+}
+
+/// Puts the session that a request's cookie proves into its extensions, for these pages and for the admin API.
+pub async fn attach_session(
+    State(dashboard): State<Arc<Dashboard>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let path = request.uri().path();
+    let wanted = (path == HOME || path.starts_with("/proxy/") || path.starts_with("/v1/admin/"))
+        && !path.starts_with("/proxy/assets/");
+    if wanted
+        && let Some(token) = cookie(request.headers())
+        && let Some(now) = request.extensions().get::<Context>().map(|context| context.now.seconds())
+    {
+        match session::find(&dashboard.pki().store, &dashboard.secret, token, now).await {
+            Ok(Some(session)) => drop(request.extensions_mut().insert(session)),
+            Ok(None) => {}
+            Err(error) => return ApiError::from(error).into_response(),
+        }
+    }
+    next.run(request).await
+}
+
+fn cookie(headers: &HeaderMap) -> Option<&str> {
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find_map(|(name, value)| (name == COOKIE).then_some(value))
+}
+
+/// Renders an error of a handler as a page, and puts the policy on whatever leaves.
+async fn pages(State(dashboard): State<Arc<Dashboard>>, request: Request, next: Next) -> Response {
+    let session = request.extensions().get::<Session>().cloned();
+    let in_background = page_behind(request.headers());
+    let mut response = next.run(request).await;
+    if let Some(problem) = response.extensions_mut().remove::<Arc<DashboardError>>() {
+        response = explain(&dashboard, session.as_ref(), &problem, in_background.as_deref()).await;
+    }
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
+    response
+}
+
+/// The page whose script asks, where it is a script that asks.
+fn page_behind(headers: &HeaderMap) -> Option<String> {
+    let url = headers.get("hx-request").and(headers.get("hx-current-url"))?.to_str().ok()?;
+    let path = url.split_once("://").and_then(|(_, rest)| rest.find('/').and_then(|at| rest.get(at..)));
+    Some(path.unwrap_or(HOME).to_owned())
+}
+
+async fn explain(
+    dashboard: &Dashboard,
+    session: Option<&Session>,
+    problem: &DashboardError,
+    in_background: Option<&str>,
+) -> Response {
+    if let DashboardError::SignedOut { next } = problem {
+        let login = |next: &str| format!("/proxy/login?next={}", urlencoded(next));
+        // A script that fetches a part of a page must not put the sign-in into the middle of it.
+        return match in_background {
+            Some(page) => {
+                let header = (HeaderName::from_static("hx-redirect"), login(page));
+                (StatusCode::UNAUTHORIZED, [header]).into_response()
+            }
+            None => see_other(&login(next)),
+        };
+    }
+    let message = if problem.kind() == Kind::Internal {
+        tracing::error!(error = crate::http::error::chain(problem), "page_failed");
+        "Something went wrong on our side. The log has the cause.".to_owned()
+    } else {
+        ApiError::new(problem.kind(), problem.detail()).message().to_owned()
+    };
+    let mut response = ApiError::new(problem.kind(), message.clone()).into_response();
+    let status = response.status().as_u16();
+    // A refused sign-in shows the form again, with the reason.
+    let page = if matches!(problem, DashboardError::WrongSecret | DashboardError::TooManyTries { .. }) {
+        dashboard.login_page(HOME.to_owned(), Some(message)).await.and_then(|page| Ok(page.render()?))
+    } else {
+        let page = dashboard.error_page(session, status, message).await;
+        page.and_then(|page| Ok(page.render()?))
+    };
+    // Where not even the page around the error can be made, the plain error tells as much.
+    if let Ok(text) = page {
+        *response.body_mut() = text.into();
+        let html = HeaderValue::from_static("text/html; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, html);
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    if let Some((name, value)) = problem.header() {
+        response.headers_mut().insert(name, value);
+    }
+    response
+}
+
+/// An error on its way to [`pages`], which makes it readable.
+struct Failure(DashboardError);
+
+impl<E: Into<DashboardError>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = StatusCode::INTERNAL_SERVER_ERROR.into_response();
+        response.extensions_mut().insert(Arc::new(self.0));
+        response
+    }
+}
+
+type Shown = Result<Response, Failure>;
+
+fn html(page: &impl Template) -> Shown {
+    let text = page.render().map_err(DashboardError::from)?;
+    Ok(axum::response::Html(text).into_response())
+}
+
+fn see_other(path: &str) -> Response {
+    match HeaderValue::from_str(path) {
+        Ok(location) => (StatusCode::SEE_OTHER, [(header::LOCATION, location)]).into_response(),
+        Err(_) => StatusCode::BAD_REQUEST.into_response(),
+    }
+}
+
+/// An operator who has signed in.
+struct Viewer(Session);
+
+impl<S: Send + Sync> FromRequestParts<S> for Viewer {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
+        let next = parts.uri.path_and_query().map_or(HOME, |path| path.as_str()).to_owned();
+        match parts.extensions.get::<Session>() {
+            Some(session) => Ok(Self(session.clone())),
+            None => Err(Failure(DashboardError::SignedOut { next })),
+        }
+    }
+}
+
+/// A form of ours, sent by an operator who has signed in, with the session's token.
+struct Sent {
+    session: Session,
+    fields: HashMap<String, String>,
+}
+
+impl Sent {
+    fn confirms(&self) -> Result<(), UpdateError> {
+        if self.fields.get("confirm").is_some_and(|value| value == "yes") {
+            Ok(())
+        } else {
+            Err(UpdateError::Unconfirmed)
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequest<S> for Sent {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
+        // Whoever signs in again starts from a page, not from a half-sent form.
+        let next = HOME.to_owned();
+        let session = request.extensions().get::<Session>().cloned();
+        let session = session.ok_or(DashboardError::SignedOut { next })?;
+        let Form(fields) = Form::<HashMap<String, String>>::from_request(request, state)
+            .await
+            .map_err(|_| DashboardError::Malformed)?;
+        let token = fields.get("csrf_token").map_or("", String::as_str);
+        if !session.accepts(token.as_bytes()) {
+            return Err(DashboardError::ForeignForm.into());
+        }
+        Ok(Self { session, fields })
+    }
+}
+
+/// `next`, if it is a page of ours; anything else could lead an operator who has just signed in to somewhere else.
+fn own_page(next: &str) -> &str {
+    let rest = next.strip_prefix(HOME);
+    let ours = rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || rest.starts_with('?'));
+    let plain = next.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/-._~:?=&%".contains(&byte));
+    if ours && plain && !next.contains("//") { next } else { HOME }
+}
+
+#[derive(Deserialize)]
+struct LoginQuery {
+    #[serde(default)]
+    next: String,
+}
+
+async fn show_login(
+    State(dashboard): State<Arc<Dashboard>>,
+    session: Option<Extension<Session>>,
+    Query(query): Query<LoginQuery>,
+) -> Shown {
+    let next = own_page(&query.next);
+    if session.is_some() {
+        return Ok(see_other(next));
+    }
+    html(&dashboard.login_page(next.to_owned(), None).await?)
+}
+
+#[derive(Deserialize)]
+struct Login {
+    secret: String,
+    #[serde(default)]
+    next: String,
+}
+
+/// No CSRF token here: there is one operator account, so nobody can be signed in to somebody else's.
+async fn sign_in(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    headers: HeaderMap,
+    form: Result<Form<Login>, axum::extract::rejection::FormRejection>,
+) -> Shown {
+    let Form(login) = form.map_err(|_| DashboardError::Malformed)?;
+    let (address, now) = (context.peer.ip(), context.now.seconds());
+    let store = &dashboard.pki().store;
+    let failures = dashboard
+        .backoff
+        .attempt(address, now)
+        .map_err(|seconds| DashboardError::TooManyTries { seconds })?;
+    if !dashboard.secret.matches(login.secret.trim().as_bytes()) {
+        session::refused(store, address, failures).await?;
+        return Err(DashboardError::WrongSecret.into());
+    }
+    dashboard.backoff.succeeded(address);
+    let former = cookie(&headers);
+    let entropy = &dashboard.pki().entropy;
+    let token = session::open(store, &dashboard.secret, entropy, former, address, now).await?;
+    // Lax: a link in an alert opens the page; what changes anything is a POST, and needs the token besides.
+    let set = format!("{COOKIE}={token}; Path=/; Secure; HttpOnly; SameSite=Lax");
+    Ok((AppendCookie(set), see_other(own_page(&login.next))).into_response())
+}
+
+async fn sign_out(State(dashboard): State<Arc<Dashboard>>, headers: HeaderMap, sent: Sent) -> Shown {
+    if let Some(token) = cookie(&headers) {
+        session::close(&dashboard.pki().store, &dashboard.secret, token, &sent.session.actor).await?;
+    }
+    let gone = format!("{COOKIE}=; Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age=0");
+    Ok((AppendCookie(gone), see_other("/proxy/login")).into_response())
+}
+
+/// A `Set-Cookie` on whatever it stands before.
+struct AppendCookie(String);
+
+impl axum::response::IntoResponseParts for AppendCookie {
+    type Error = std::convert::Infallible;
+
+    fn into_response_parts(
+        self,
+        mut parts: axum::response::ResponseParts,
+    ) -> Result<axum::response::ResponseParts, Self::Error> {
+        // Base64url and constants always make a header value.
+        if let Ok(value) = HeaderValue::from_str(&self.0) {
+            parts.headers_mut().append(header::SET_COOKIE, value);
+        }
+        Ok(parts)
+    }
+}
+
+async fn show_overview(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.overview_page(&session).await?)
+}
+
+async fn show_updates(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.updates_page(&session).await?)
+}
+
+async fn show_update(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(migration_id): Path<String>,
+) -> Shown {
+    html(&dashboard.update_page(&session, &migration_id).await?)
+}
+
+/// The run under way as a part of a page; when it is over, the whole page has something to tell.
+async fn show_run(
+    State(dashboard): State<Arc<Dashboard>>,
+    _viewer: Viewer,
+    Path(migration_id): Path<String>,
+) -> Shown {
+    match dashboard.run_fragment(&migration_id).await? {
+        Some(fragment) => html(&fragment),
+        None => Ok([(HeaderName::from_static("hx-refresh"), "true")].into_response()),
+    }
+}
+
+async fn show_apply_plan(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(migration_id): Path<String>,
+) -> Shown {
+    html(&dashboard.apply_plan_page(&session, &migration_id).await?)
+}
+
+async fn show_rollback_plan(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(migration_id): Path<String>,
+) -> Shown {
+    html(&dashboard.rollback_plan_page(&session, &migration_id).await?)
+}
+
+async fn begin_apply(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(migration_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    begin(&dashboard, &migration_id, Direction::Apply, &sent).await
+}
+
+async fn begin_rollback(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(migration_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    begin(&dashboard, &migration_id, Direction::Rollback, &sent).await
+}
+
+async fn begin(dashboard: &Dashboard, migration_id: &str, direction: Direction, sent: &Sent) -> Shown {
+    sent.confirms()?;
+    dashboard.health.updates.begin(migration_id, direction, &sent.session.actor).await?;
+    Ok(see_other(&format!("/proxy/updates/{}", urlencoded(migration_id))))
+}
+
+#[derive(Deserialize)]
+struct AgentsQuery {
+    #[serde(default)]
+    from: String,
+    #[serde(default)]
+    after: String,
+}
+
+async fn show_agents(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<AgentsQuery>,
+) -> Shown {
+    html(&dashboard.agents_page(&session, query.from.trim(), &query.after).await?)
+}
+
+async fn show_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(agent_id): Path<String>,
+) -> Shown {
+    html(&dashboard.agent_page(&session, &agent_id).await?)
+}
+
+async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.pki_page(&session).await?)
+}
+
+async fn show_keys(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.keys_page(&session).await?)
+}
+
+async fn show_settings(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.settings_page(&session).await?)
+}
+
+#[derive(Deserialize)]
+struct AuditQuery {
+    #[serde(default)]
+    event_type: String,
+    before: Option<i64>,
+}
+
+async fn show_audit(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<AuditQuery>,
+) -> Shown {
+    html(&dashboard.audit_page(&session, &query.event_type, query.before, false).await?)
+}
+
+/// Changes nothing; a form all the same, because reading the whole log is not what a link should do.
+async fn verify_audit(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
+    html(&dashboard.audit_page(&sent.session, "", None, true).await?)
+}
+
+async fn show_asset(Path(name): Path<String>) -> Response {
+    match assets::find(&name) {
+        Some(asset) => (
+            [
+                (header::CONTENT_TYPE, asset.content_type),
+                (header::CACHE_CONTROL, "public, max-age=31536000, immutable"),
+            ],
+            asset.content,
+        )
+            .into_response(),
+        None => ApiError::new(Kind::NotFound, "Not Found").into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sign_in_leads_only_to_pages_of_ours() {
+        for good in ["/proxy", "/proxy/updates", "/proxy/audit?event_type=agent.created&before=3"] {
+            assert_eq!(own_page(good), good);
+        }
+        for bad in [
+            "",
+            "//evil.example",
+            "https://evil.example",
+            "/proxyevil",
+            "/proxy//evil.example",
+            "/proxy/\\evil",
+            "/proxy/\r\nX: y",
+            "/",
+            "javascript:alert(1)",
+        ] {
+            assert_eq!(own_page(bad), HOME, "{bad}");
+        }
+    }
+}

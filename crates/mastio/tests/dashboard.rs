@@ -1,0 +1,471 @@
+//! The dashboard from outside: over HTTP by curl, and in a real Chromium.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use harness::sdk::{Agent, Python, TOOL, Upstream};
+use harness::{
+    ADMIN_SECRET, Answer, Database, Deploy, MIGRATION, required_environment, run, shared, wait_for,
+};
+use serde_json::{Value, json};
+
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+                      form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+/// Every page, with what a path names filled in.
+const PAGES: [&str; 11] = [
+    "/proxy",
+    "/proxy/updates",
+    "/proxy/updates/2026-04-23-org-ca-pathlen-1",
+    "/proxy/updates/2026-04-23-org-ca-pathlen-1/apply-plan",
+    "/proxy/updates/2026-04-23-org-ca-pathlen-1/rollback-plan",
+    "/proxy/agents",
+    "/proxy/agents/acme::agent-0001",
+    "/proxy/pki",
+    "/proxy/mastio-key",
+    "/proxy/audit",
+    "/proxy/settings",
+];
+
+/// An operator's browser as far as curl is one: a cookie jar.
+struct Browser<'a> {
+    deploy: &'a Deploy,
+    jar: PathBuf,
+}
+
+impl<'a> Browser<'a> {
+    fn new(deploy: &'a Deploy, name: &str) -> Self {
+        Self { deploy, jar: deploy.folder().join(format!("{name}.jar")) }
+    }
+
+    fn ask(&self, path: &str, arguments: &[&str]) -> Answer {
+        let jar = self.jar.to_str().unwrap();
+        let mut all = vec!["-b", jar, "-c", jar];
+        all.extend(arguments);
+        self.deploy.curl(path, &all)
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        self.ask(path, &[])
+    }
+
+    /// The headers of an answer to GET, in lower case.
+    fn headers(&self, path: &str, arguments: &[&str]) -> String {
+        let mut all = vec!["-D", "-", "-o", "/dev/null"];
+        all.extend(arguments);
+        self.ask(path, &all).body.to_ascii_lowercase()
+    }
+
+    fn sign_in(&self) -> String {
+        let headers = self.headers("/proxy/login", &["--data-urlencode", &format!("secret={ADMIN_SECRET}")]);
+        assert!(headers.starts_with("http/1.1 303"), "{headers}");
+        headers
+    }
+
+    fn csrf_token(&self) -> String {
+        let page = self.get("/proxy").body;
+        let (_, rest) = page.split_once("name=\"csrf_token\" value=\"").expect("a token in the page");
+        rest.split('"').next().unwrap().to_owned()
+    }
+
+    fn cookie(&self) -> String {
+        let jar = fs::read_to_string(&self.jar).unwrap();
+        let line = jar.lines().find(|line| line.contains("__Host-mastio-session")).expect("a cookie");
+        line.split('\t').next_back().unwrap().to_owned()
+    }
+}
+
+fn pending() -> Option<Deploy> {
+    Deploy::legacy("py_connector5_pending")
+}
+
+fn location(headers: &str) -> &str {
+    headers.lines().find_map(|line| line.strip_prefix("location: ")).expect("a location").trim()
+}
+
+#[test]
+fn pages_lead_to_the_sign_in_and_the_api_answers_401() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let browser = Browser::new(&deploy, "a");
+    for page in PAGES {
+        let headers = browser.headers(page, &[]);
+        assert!(headers.starts_with("http/1.1 303"), "{page}: {headers}");
+        assert!(location(&headers).starts_with("/proxy/login?next=%2fproxy"), "{page}: {headers}");
+        assert!(headers.contains(&POLICY.to_ascii_lowercase()), "{page}: {headers}");
+    }
+    assert_eq!(browser.get("/proxy/updates/api").status, 401);
+    assert_eq!(browser.get("/v1/admin/agents").status, 401);
+    for path in ["/proxy/no-such-page", "/proxy/assets/mastio.css", "/proxy/assets/..%2fmod.rs"] {
+        assert_eq!(browser.get(path).status, 404, "{path}");
+    }
+    // A part of a page that a script fetches says where to go instead of bringing the sign-in with it.
+    let path = format!("/proxy/updates/{MIGRATION}/run");
+    let from = ["-H", "HX-Request: true", "-H", "HX-Current-URL: https://x/proxy/updates"];
+    let headers = browser.headers(&path, &from);
+    assert!(headers.starts_with("http/1.1 401"), "{headers}");
+    assert!(headers.contains("hx-redirect: /proxy/login?next=%2fproxy%2fupdates\r"), "{headers}");
+}
+
+/// Every route that the source declares, whoever adds one.
+#[test]
+fn no_route_tells_or_changes_anything_without_a_session() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/dashboard/http.rs");
+    let source = fs::read_to_string(source).unwrap();
+    let routes: Vec<&str> =
+        source.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+    assert!(routes.len() > 12, "{routes:?}");
+    let open = ["/proxy/login", "/proxy/assets/{name}"];
+    for route in routes.into_iter().filter(|route| !open.contains(route)) {
+        let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
+        assert!(!path.contains('{'), "{route}: say in this test what it names");
+        for arguments in [&[][..], &["-d", "confirm=yes"]] {
+            let answer = deploy.curl(&path, arguments);
+            assert!(matches!(answer.status, 303 | 405), "{path} {arguments:?}: {answer:?}");
+            assert!(answer.body.is_empty(), "{path} {arguments:?}: {answer:?}");
+        }
+    }
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "pending");
+}
+
+#[test]
+fn a_session_begins_with_the_secret_and_ends_by_sign_out_time_or_another_secret() {
+    let Some(deploy) = pending() else { return };
+    let mut deploy = deploy;
+    deploy.start();
+    let browser = Browser::new(&deploy, "a");
+    let wrong = browser.ask("/proxy/login", &["--data-urlencode", "secret=wrong"]);
+    assert_eq!(wrong.status, 403);
+    assert!(wrong.body.contains("this is not the admin secret"), "{}", wrong.body);
+    let headers = browser.sign_in();
+    let cookie = headers.lines().find(|line| line.starts_with("set-cookie: ")).expect("a cookie");
+    for part in ["__host-mastio-session=", "path=/", "secure", "httponly", "samesite=lax"] {
+        assert!(cookie.contains(part), "{cookie}");
+    }
+    assert!(!cookie.contains("domain"), "{cookie}");
+    for page in PAGES {
+        let answer = browser.get(page);
+        assert_eq!(answer.status, 200, "{page}: {}", answer.body);
+        assert!(!answer.body.contains("style=") && !answer.body.contains("onclick"), "{page}");
+        assert!(!answer.body.contains("<script>") && !answer.body.contains("http://"), "{page}");
+    }
+
+    assert!(!browser.get("/proxy/settings").body.contains(ADMIN_SECRET));
+
+    // Whoever reads the database has no cookie: what is stored is not what the browser sends.
+    let first = browser.cookie();
+    assert_eq!(deploy.sql("SELECT COUNT(*) FROM dashboard_sessions"), "1");
+    assert_eq!(deploy.sql(&format!("SELECT COUNT(*) FROM dashboard_sessions WHERE id = '{first}'")), "0");
+
+    // Signing in again makes another session and ends the one before.
+    browser.sign_in();
+    assert_ne!(browser.cookie(), first);
+    let old = deploy.curl("/proxy", &["-H", &format!("Cookie: __Host-mastio-session={first}")]);
+    assert_eq!(old.status, 303);
+
+    // Idle, and too old.
+    assert_eq!(browser.get("/proxy").status, 200);
+    deploy.sql("UPDATE dashboard_sessions SET seen_at = seen_at - 1800");
+    assert_eq!(browser.get("/proxy").status, 303);
+    browser.sign_in();
+    deploy.sql("UPDATE dashboard_sessions SET created_at = created_at - 43200");
+    assert_eq!(browser.get("/proxy").status, 303);
+
+    // Signed out.
+    browser.sign_in();
+    let token = browser.csrf_token();
+    let kept = browser.cookie();
+    let out = browser.ask("/proxy/logout", &["-d", &format!("csrf_token={token}")]);
+    assert_eq!(out.status, 303);
+    let old = deploy.curl("/proxy", &["-H", &format!("Cookie: __Host-mastio-session={kept}")]);
+    assert_eq!(old.status, 303);
+    let events = deploy.admin_get("/v1/admin/audit?limit=100").expect(200);
+    let of =
+        |name: &str| events.as_array().unwrap().iter().filter(|event| event["event_type"] == name).count();
+    assert_eq!((of("dashboard.login"), of("dashboard.login_failed"), of("dashboard.logout")), (4, 1, 1));
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+
+    // Another secret ends every session.
+    browser.sign_in();
+    let jar = browser.jar.clone();
+    deploy.stop();
+    let mut deploy = deploy.set("MCP_PROXY_ADMIN_SECRET", "another-secret-for-the-tests-0123456789");
+    deploy.start();
+    let browser = Browser { deploy: &deploy, jar };
+    assert_eq!(browser.get("/proxy").status, 303);
+}
+
+#[test]
+fn a_session_changes_something_only_with_its_own_token() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let (browser, other) = (Browser::new(&deploy, "a"), Browser::new(&deploy, "b"));
+    browser.sign_in();
+    other.sign_in();
+    let (token, foreign) = (browser.csrf_token(), other.csrf_token());
+    assert_ne!(token, foreign);
+    let apply = format!("/proxy/updates/{MIGRATION}/apply-plan");
+    let rollback = format!("/proxy/updates/{MIGRATION}/rollback-plan");
+    for path in [apply.as_str(), rollback.as_str(), "/proxy/logout", "/proxy/audit"] {
+        for fields in ["confirm=yes".to_owned(), format!("confirm=yes&csrf_token={foreign}")] {
+            assert_eq!(browser.ask(path, &["-d", &fields]).status, 403, "{path} {fields}");
+        }
+        assert_eq!(deploy.curl(path, &["-d", "confirm=yes"]).status, 303, "{path} without a session");
+    }
+    // The token without the confirmation is not enough either.
+    let unconfirmed = browser.ask(&apply, &["-d", &format!("csrf_token={token}")]);
+    assert_eq!(unconfirmed.status, 400, "{}", unconfirmed.body);
+
+    // The admin API takes the session too: to read by itself, to change with the token in a header.
+    assert_eq!(browser.get("/proxy/updates/api").expect(200)[0]["status"], "pending");
+    assert_eq!(browser.get("/v1/admin/agents").status, 200);
+    let path = format!("/proxy/updates/{MIGRATION}/apply");
+    for header in ["X-None: 1".to_owned(), format!("X-CSRF-Token: {foreign}")] {
+        let answer = browser.ask(&path, &["-H", &header, "-d", r#"{"confirm": true}"#]);
+        assert_eq!(answer.status, 403, "{header}: {}", answer.body);
+    }
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "pending");
+    let header = format!("X-CSRF-Token: {token}");
+    let done = browser.ask(&path, &["-H", &header, "-d", r#"{"confirm": true}"#]).expect(200);
+    assert_eq!(done["status"], "applied");
+    // A wrong secret is wrong, whatever else is sent.
+    assert_eq!(browser.ask("/v1/admin/agents", &["-H", "X-Admin-Secret: wrong"]).status, 403);
+}
+
+#[test]
+fn guessing_gets_slow_and_nobody_is_locked_out_for_good() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let guess =
+        |secret: &str| deploy.curl("/proxy/login", &["--data-urlencode", &format!("secret={secret}")]);
+    let refused = wait_for("a refusal for too many tries", || {
+        let answer = guess("wrong");
+        (answer.status == 429).then_some(answer)
+    });
+    assert!(refused.body.contains("try again in") && refused.body.contains("<form"), "{}", refused.body);
+    // The header goes on working, from the same address.
+    deploy.admin_get("/proxy/updates/api").expect(200);
+    // Tries that were not judged are not recorded, so nobody can flood the log.
+    let events = deploy.admin_get("/v1/admin/audit?event_type=dashboard.login_failed").expect(200);
+    assert!(events.as_array().unwrap().len() >= 5, "{events}");
+    // The right secret gets in as soon as the wait is over.
+    wait_for("the wait to end", || (guess(ADMIN_SECRET).status == 303).then_some(()));
+}
+
+#[test]
+fn what_an_agent_s_name_holds_is_text() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let script = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'";
+    let body = json!({ "agent_name": "mallory", "display_name": script, "capabilities": [script] });
+    let agent = deploy.admin_post("/v1/admin/agents", &body).expect(201);
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    let agent_id = agent["agent_id"].as_str().unwrap();
+    for page in [
+        "/proxy/agents".to_owned(),
+        format!("/proxy/agents/{agent_id}"),
+        "/proxy/agents?from=%3Cscript%3Ealert(1)%3C/script%3E".to_owned(),
+        "/proxy/agents/%3Cscript%3Ealert(1)%3C%2Fscript%3E".to_owned(),
+        "/proxy/audit?event_type=%3Cscript%3Ealert(1)%3C/script%3E".to_owned(),
+        "/proxy/updates/%3Cscript%3Ealert(1)%3C%2Fscript%3E".to_owned(),
+        "/proxy/login?next=%22%3E%3Cscript%3Ealert(1)%3C/script%3E".to_owned(),
+    ] {
+        let body = browser.get(&page).body;
+        assert!(!body.contains("<script>") && !body.contains("<img src=x"), "{page}: {body}");
+    }
+    assert!(browser.get("/proxy/agents").body.contains("&#60;script&#62;alert(1)"));
+}
+
+/// Rows that an operator's SQL, another version or a broken disk put there.
+#[test]
+fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let script = "<script>alert(1)</script>";
+    let id = "2027-01-01-<script>";
+    deploy.sql(&format!(
+        "INSERT INTO pending_updates (migration_id, detected_at, status, error) \
+         VALUES ('{id}', '2027-01-01T00:00:00Z', 'failed', '{script}')"
+    ));
+    deploy.sql(&format!(
+        "INSERT INTO audit_events (seq, id, timestamp, event_type, actor, details, prev_hash, hash) VALUES \
+         (1000, 'x', '2027-01-01T00:00:00.000000Z', '{script}', '{script}', '{{\"{script}\": \"{script}\"}}', 'x', 'y')"
+    ));
+    wait_for("the halt", || deploy.is_halted().then_some(()));
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    let page = "/proxy/updates/2027-01-01-%3cscript%3e";
+    for path in ["/proxy", "/proxy/updates", page, &format!("{page}/rollback-plan"), "/proxy/audit"] {
+        let answer = browser.get(path);
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        assert!(!answer.body.contains("<script>"), "{path}: {}", answer.body);
+        assert!(answer.body.contains(&format!("href=\"{page}\"")), "the banner on {path}: {}", answer.body);
+    }
+    // This version cannot apply what it does not know.
+    let plan = browser.get(&format!("{page}/apply-plan"));
+    assert_eq!(plan.status, 404, "{}", plan.body);
+    let token = browser.csrf_token();
+    let verified = browser.ask("/proxy/audit", &["-d", &format!("csrf_token={token}")]);
+    assert!(verified.body.contains("Broken:"), "{}", verified.body);
+}
+
+#[test]
+fn a_sign_in_leads_to_no_other_site() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let browser = Browser::new(&deploy, "a");
+    let secret = format!("secret={ADMIN_SECRET}");
+    for (next, expected) in [
+        ("/proxy/audit", "/proxy/audit"),
+        ("https://evil.example/", "/proxy"),
+        ("//evil.example/proxy", "/proxy"),
+        ("/proxy//evil.example", "/proxy"),
+        ("/proxy/\\evil.example", "/proxy"),
+    ] {
+        let next = format!("next={next}");
+        let arguments = ["--data-urlencode", &secret, "--data-urlencode", &next];
+        let headers = browser.headers("/proxy/login", &arguments);
+        assert_eq!(location(&headers), expected, "{next}");
+    }
+}
+
+#[test]
+fn what_pages_load_is_kept_for_good_under_a_name_of_its_own() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let browser = Browser::new(&deploy, "a");
+    let page = browser.get("/proxy/login").body;
+    let assets: Vec<&str> = page.split('"').filter(|text| text.starts_with("/proxy/assets/")).collect();
+    assert!(assets.len() >= 4, "{page}");
+    for asset in assets {
+        let headers = browser.headers(asset, &[]);
+        assert!(headers.starts_with("http/1.1 200"), "{asset}: {headers}");
+        assert!(headers.contains("cache-control: public, max-age=31536000, immutable"), "{asset}: {headers}");
+    }
+}
+
+/// The numbers that a rollback plan shows, in order.
+fn counts(page: &str) -> Vec<i64> {
+    let numbers = page.split("<dd>").skip(1).map(|rest| rest.split('<').next().unwrap().trim().parse());
+    numbers.collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn a_rollback_plan_says_what_the_rollback_then_does() {
+    // The predecessor's own apply, its torn apply, ours over that, and ours.
+    for (fixture, database, apply) in [
+        ("py_applied", Database::Sqlite, false),
+        ("py_torn5", Database::Sqlite, false),
+        ("py_torn5", Database::Postgres, false),
+        ("py_torn5", Database::Sqlite, true),
+        ("py_connector5_pending", Database::Postgres, true),
+    ] {
+        let Some(deploy) = Deploy::legacy(fixture) else { return };
+        let mut deploy = deploy.on(database);
+        deploy.start();
+        if apply {
+            deploy.apply().expect(200);
+        }
+        if !deploy.is_halted() {
+            deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "enrolled-since" })).expect(201);
+        }
+        let browser = Browser::new(&deploy, "a");
+        browser.sign_in();
+        let path = format!("/proxy/updates/{MIGRATION}/rollback-plan");
+        let page = browser.get(&path).body;
+        let token = browser.csrf_token();
+        let sent = browser.ask(&path, &["-d", &format!("confirm=yes&csrf_token={token}")]);
+        assert_eq!(sent.status, 303, "{}", sent.body);
+        wait_for("the rollback", || {
+            (deploy.sql("SELECT status FROM pending_updates") == "rolled_back").then_some(())
+        });
+        let events = deploy.admin_get("/v1/admin/audit?event_type=admin.update_rolled_back").expect(200);
+        let details = &events[0]["details"];
+        let done = ["restored_leaves", "carried_back_leaves"].map(|name| details[name].as_i64().unwrap());
+        println!("{fixture} on {database:?}, applied by us: {apply}: {done:?}");
+        assert_eq!(counts(&page), done, "{fixture} on {database:?}, applied by us: {apply}: {page}");
+        let gone = browser.get(&path).body;
+        assert!(gone.contains("There is nothing to roll back to yet"), "{gone}");
+    }
+}
+
+// ---------------------------------------------------------------- in a real browser
+
+/// A halted deploy whose apply waits in its middle for as long as the returned file exists.
+fn held(database: Database) -> Option<(Deploy, PathBuf)> {
+    let mut deploy = Deploy::legacy("py_mixed_byoca_pending")?.on(database);
+    let hold = deploy.folder().join("hold");
+    fs::write(&hold, "").unwrap();
+    deploy.start_with(&[("MASTIO_HOLD_AT", "apply.prepare"), ("MASTIO_HOLD_FILE", hold.to_str().unwrap())]);
+    Some((deploy, hold))
+}
+
+fn tell(deploy: &Deploy, story: &str, hold: &Path) -> Value {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let screenshots = std::env::var_os("MASTIO_SCREENSHOTS").map(|folder| repository.join(folder));
+    if let Some(folder) = &screenshots {
+        fs::create_dir_all(folder).unwrap();
+    }
+    let settings = json!({
+        "url": deploy.url(), "secret": ADMIN_SECRET, "migration": MIGRATION, "story": story,
+        "hold": hold, "screenshots": screenshots,
+    });
+    required_environment("MASTIO_TEST_BROWSER");
+    required_environment("MASTIO_TEST_CHROMIUM");
+    let script = repository.join("judges/browser/dashboard.mjs");
+    let told = run(Command::new("node").arg(script).arg(settings.to_string()));
+    println!("{told}");
+    serde_json::from_str(told.trim()).unwrap()
+}
+
+/// The page's story: an operator finds the halt, reads the plan, applies, watches it in two browsers, verifies, sees an
+/// agent go on with what it has always had, and rolls back.
+fn by_mouse(database: Database) {
+    let Some((deploy, hold)) = held(database) else { return };
+    let files = shared().unwrap().join("fixtures/legacy/keys/py_mixed_byoca_pending");
+    let agent_id = "acme::agent-0001";
+    let ca = deploy.folder().join("org-ca.crt");
+    fs::write(&ca, deploy.sql("SELECT value FROM proxy_config WHERE key = 'org_ca_cert'") + "\n").unwrap();
+    tell(&deploy, "mouse", &hold);
+    assert!(!deploy.is_halted());
+
+    let upstream = Upstream::start();
+    deploy.register_tool(TOOL, upstream.url(), &[agent_id]);
+    let mut agent = Agent::open(Python::Plain, &deploy.url(), agent_id, &files.join("agent-0001"), &ca);
+    agent.login().unwrap();
+    agent.call().unwrap();
+    tell(&deploy, "afterwards", &hold);
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "rolled_back");
+    agent.call().unwrap();
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn the_page_s_story_by_mouse_on_sqlite() {
+    by_mouse(Database::Sqlite);
+}
+
+#[test]
+fn the_page_s_story_by_mouse_on_postgresql() {
+    by_mouse(Database::Postgres);
+}
+
+#[test]
+fn the_page_s_story_by_keyboard() {
+    let Some((deploy, hold)) = held(Database::Sqlite) else { return };
+    tell(&deploy, "keyboard", &hold);
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "applied");
+}
+
+#[test]
+fn the_page_s_story_without_scripts() {
+    let Some((deploy, hold)) = held(Database::Sqlite) else { return };
+    tell(&deploy, "noscript", &hold);
+    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "applied");
+}
