@@ -121,18 +121,18 @@ async function byMouse() {
   await shot(page, "updates-pending");
   await shot(page, "updates-pending-narrow", { width: 360 });
 
-  await page.getByRole("link", { name: "View rollback plan" }).click();
+  await page.getByRole("link", { name: "View rollback plan" }).first().click();
   await page.getByText("There is nothing to roll back to yet").waitFor();
   await judge(page, "a rollback plan without a snapshot");
   await page.goto("/proxy/updates");
-  await page.getByRole("link", { name: "Apply", exact: true }).click();
+  await page.getByRole("link", { name: "Apply", exact: true }).first().click();
   await page.getByRole("heading", { name: "What an apply changes" }).waitFor();
   await judge(page, "the plan");
   await shot(page, "apply-plan");
 
   // Unconfirmed, the browser itself does not send it.
   await page.getByRole("button", { name: "Apply" }).click();
-  assert.ok(page.url().endsWith("/apply-plan"));
+  assert.ok(page.url().endsWith("/apply-review"));
   await page.getByRole("checkbox").check();
   await page.getByRole("button", { name: "Apply" }).click();
   await page.waitForURL(`**${update}`);
@@ -232,7 +232,7 @@ async function byKeyboard() {
   await page.waitForURL("**/proxy/updates");
   await tabTo("Apply");
   await page.keyboard.press("Enter");
-  await page.waitForURL("**/apply-plan");
+  await page.waitForURL("**/apply-review");
   await tabTo("confirm");
   await page.keyboard.press("Space");
   await tabTo("Apply");
@@ -245,7 +245,7 @@ async function byKeyboard() {
 async function withoutScripts() {
   const page = await open({ javaScriptEnabled: false });
   await signIn(page, "/proxy/updates");
-  await page.getByRole("link", { name: "Apply", exact: true }).click();
+  await page.getByRole("link", { name: "Apply", exact: true }).first().click();
   await page.getByRole("checkbox").check();
   await page.getByRole("button", { name: "Apply" }).click();
   await page.locator("#run").getByText(/prepare: \d+ of \d+/).waitFor();

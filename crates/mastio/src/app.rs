@@ -50,6 +50,8 @@ use crate::updates::{self, UpdateError, Updates};
 const EPOCH_POLL: Duration = Duration::from_millis(250);
 /// How often expired identifiers are forgotten.
 const FORGET_PERIOD: Duration = Duration::from_secs(60);
+/// How often SQLite's log is emptied into its file.
+const CHECKPOINT_PERIOD: Duration = Duration::from_secs(1);
 /// How often runs of dead replicas are looked for.
 const RECOVER_PERIOD: Duration = Duration::from_secs(5);
 /// How often the server certificate's end is looked at.
@@ -357,6 +359,17 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandl
             }
         })
     };
+    let checkpoint = {
+        let (store, mut ticks) = (pki.store.clone(), every(CHECKPOINT_PERIOD));
+        tokio::spawn(async move {
+            loop {
+                ticks.tick().await;
+                if let Err(error) = store.sqlite_checkpoint().await {
+                    tracing::warn!(error = chain(&error), "sqlite_checkpoint_failed");
+                }
+            }
+        })
+    };
     let recover = {
         let (updates, mut ticks) = (Arc::clone(updates), every(RECOVER_PERIOD));
         tokio::spawn(async move {
@@ -387,7 +400,7 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandl
             }
         })
     };
-    vec![follow, forget, recover, renew]
+    vec![follow, forget, checkpoint, recover, renew]
 }
 
 fn data_dir_error(path: &Path, source: std::io::Error) -> AppError {

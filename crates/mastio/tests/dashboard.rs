@@ -20,8 +20,8 @@ const PAGES: [&str; 11] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
-    "/proxy/updates/2026-04-23-org-ca-pathlen-1/apply-plan",
-    "/proxy/updates/2026-04-23-org-ca-pathlen-1/rollback-plan",
+    "/proxy/updates/2026-04-23-org-ca-pathlen-1/apply-review",
+    "/proxy/updates/2026-04-23-org-ca-pathlen-1/rollback-review",
     "/proxy/agents",
     "/proxy/agents/acme::agent-0001",
     "/proxy/pki",
@@ -130,7 +130,7 @@ fn no_route_tells_or_changes_anything_without_a_session() {
             assert!(answer.body.is_empty(), "{path} {arguments:?}: {answer:?}");
         }
     }
-    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "pending");
+    assert_eq!(status(&deploy), "pending");
 }
 
 #[test]
@@ -209,8 +209,8 @@ fn a_session_changes_something_only_with_its_own_token() {
     other.sign_in();
     let (token, foreign) = (browser.csrf_token(), other.csrf_token());
     assert_ne!(token, foreign);
-    let apply = format!("/proxy/updates/{MIGRATION}/apply-plan");
-    let rollback = format!("/proxy/updates/{MIGRATION}/rollback-plan");
+    let apply = format!("/proxy/updates/{MIGRATION}/apply-review");
+    let rollback = format!("/proxy/updates/{MIGRATION}/rollback-review");
     for path in [apply.as_str(), rollback.as_str(), "/proxy/logout", "/proxy/audit"] {
         for fields in ["confirm=yes".to_owned(), format!("confirm=yes&csrf_token={foreign}")] {
             assert_eq!(browser.ask(path, &["-d", &fields]).status, 403, "{path} {fields}");
@@ -229,7 +229,7 @@ fn a_session_changes_something_only_with_its_own_token() {
         let answer = browser.ask(&path, &["-H", &header, "-d", r#"{"confirm": true}"#]);
         assert_eq!(answer.status, 403, "{header}: {}", answer.body);
     }
-    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "pending");
+    assert_eq!(status(&deploy), "pending");
     let header = format!("X-CSRF-Token: {token}");
     let done = browser.ask(&path, &["-H", &header, "-d", r#"{"confirm": true}"#]).expect(200);
     assert_eq!(done["status"], "applied");
@@ -301,14 +301,14 @@ fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
     let browser = Browser::new(&deploy, "a");
     browser.sign_in();
     let page = "/proxy/updates/2027-01-01-%3cscript%3e";
-    for path in ["/proxy", "/proxy/updates", page, &format!("{page}/rollback-plan"), "/proxy/audit"] {
+    for path in ["/proxy", "/proxy/updates", page, &format!("{page}/rollback-review"), "/proxy/audit"] {
         let answer = browser.get(path);
         assert_eq!(answer.status, 200, "{path}: {}", answer.body);
         assert!(!answer.body.contains("<script>"), "{path}: {}", answer.body);
         assert!(answer.body.contains(&format!("href=\"{page}\"")), "the banner on {path}: {}", answer.body);
     }
     // This version cannot apply what it does not know.
-    let plan = browser.get(&format!("{page}/apply-plan"));
+    let plan = browser.get(&format!("{page}/apply-review"));
     assert_eq!(plan.status, 404, "{}", plan.body);
     let token = browser.csrf_token();
     let verified = browser.ask("/proxy/audit", &["-d", &format!("csrf_token={token}")]);
@@ -377,14 +377,12 @@ fn a_rollback_plan_says_what_the_rollback_then_does() {
         }
         let browser = Browser::new(&deploy, "a");
         browser.sign_in();
-        let path = format!("/proxy/updates/{MIGRATION}/rollback-plan");
+        let path = format!("/proxy/updates/{MIGRATION}/rollback-review");
         let page = browser.get(&path).body;
         let token = browser.csrf_token();
         let sent = browser.ask(&path, &["-d", &format!("confirm=yes&csrf_token={token}")]);
         assert_eq!(sent.status, 303, "{}", sent.body);
-        wait_for("the rollback", || {
-            (deploy.sql("SELECT status FROM pending_updates") == "rolled_back").then_some(())
-        });
+        wait_for("the rollback", || (status(&deploy) == "rolled_back").then_some(()));
         let events = deploy.admin_get("/v1/admin/audit?event_type=admin.update_rolled_back").expect(200);
         let details = &events[0]["details"];
         let done = ["restored_leaves", "carried_back_leaves"].map(|name| details[name].as_i64().unwrap());
@@ -393,6 +391,11 @@ fn a_rollback_plan_says_what_the_rollback_then_does() {
         let gone = browser.get(&path).body;
         assert!(gone.contains("There is nothing to roll back to yet"), "{gone}");
     }
+}
+
+/// The status of the page's own update; the fixtures may need others besides.
+fn status(deploy: &Deploy) -> String {
+    deploy.sql(&format!("SELECT status FROM pending_updates WHERE migration_id = '{MIGRATION}'"))
 }
 
 // ---------------------------------------------------------------- in a real browser
@@ -441,7 +444,7 @@ fn by_mouse(database: Database) {
     agent.login().unwrap();
     agent.call().unwrap();
     tell(&deploy, "afterwards", &hold);
-    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "rolled_back");
+    assert_eq!(status(&deploy), "rolled_back");
     agent.call().unwrap();
     assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
 }
@@ -460,12 +463,12 @@ fn the_page_s_story_by_mouse_on_postgresql() {
 fn the_page_s_story_by_keyboard() {
     let Some((deploy, hold)) = held(Database::Sqlite) else { return };
     tell(&deploy, "keyboard", &hold);
-    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "applied");
+    assert_eq!(status(&deploy), "applied");
 }
 
 #[test]
 fn the_page_s_story_without_scripts() {
     let Some((deploy, hold)) = held(Database::Sqlite) else { return };
     tell(&deploy, "noscript", &hold);
-    assert_eq!(deploy.sql("SELECT status FROM pending_updates"), "applied");
+    assert_eq!(status(&deploy), "applied");
 }

@@ -35,6 +35,9 @@ pub(super) struct Update {
     pub note: Option<String>,
     #[serde(default)]
     pub not_covered: BTreeMap<String, i64>,
+    /// Whether signing waits for it.
+    #[serde(default)]
+    pub halts: bool,
 }
 
 impl Update {
@@ -53,6 +56,7 @@ impl Update {
             requires: declaration.requires.iter().map(|&id| id.to_owned()).collect(),
             note: None,
             not_covered: BTreeMap::new(),
+            halts: false,
         }
     }
 
@@ -64,6 +68,10 @@ impl Update {
     /// The equivalent command line.
     fn command(&self, verb: &str) -> String {
         format!("mastio updates {verb} {}", self.migration_id)
+    }
+
+    fn waits(&self) -> bool {
+        matches!(self.status.as_str(), "pending" | "failed")
     }
 
     fn may_be_applied(&self) -> bool {
@@ -246,7 +254,7 @@ pub(super) struct RunFragment {
     run: Run,
 }
 
-/// `/proxy/updates/{id}/apply-plan`.
+/// `/proxy/updates/{id}/apply-review`.
 #[derive(Template)]
 #[template(path = "apply_plan.html")]
 pub(super) struct ApplyPlanPage {
@@ -257,7 +265,7 @@ pub(super) struct ApplyPlanPage {
     seconds: u64,
 }
 
-/// `/proxy/updates/{id}/rollback-plan`.
+/// `/proxy/updates/{id}/rollback-review`.
 #[derive(Template)]
 #[template(path = "rollback_plan.html")]
 pub(super) struct RollbackPlanPage {
@@ -280,8 +288,13 @@ impl Dashboard {
                 updates.push(Update::without_row(declaration));
             }
         }
-        updates.sort_by(|one, other| other.migration_id.cmp(&one.migration_id));
-        Ok(updates)
+        // What waits comes first and in the order in which it may be applied, then what is settled, newest first.
+        let (mut waiting, mut settled): (Vec<_>, Vec<_>) = updates.into_iter().partition(Update::waits);
+        waiting
+            .sort_by(|one, other| (!one.halts, &one.migration_id).cmp(&(!other.halts, &other.migration_id)));
+        settled.sort_by(|one, other| other.migration_id.cmp(&one.migration_id));
+        waiting.append(&mut settled);
+        Ok(waiting)
     }
 
     /// One update, if there is one of this id.

@@ -210,6 +210,14 @@ impl Store {
         Ok(())
     }
 
+    /// Brings what SQLite has committed from its log into the file, so that no commit has to. Nothing on PostgreSQL.
+    pub async fn sqlite_checkpoint(&self) -> Result<(), StoreError> {
+        match &*self.backend {
+            Backend::Sqlite { pools, .. } => sqlite::checkpoint(&pools.readers).await,
+            Backend::Postgres(_) => Ok(()),
+        }
+    }
+
     /// Copies the SQLite database, consistent and complete, into a new file (`VACUUM INTO`).
     pub async fn sqlite_copy_into(&self, target: &Path) -> Result<(), StoreError> {
         if let Backend::Sqlite { pools, .. } = &*self.backend {

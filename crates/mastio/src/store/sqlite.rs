@@ -28,8 +28,10 @@ fn options(path: &Path, create: bool) -> SqliteConnectOptions {
         .create_if_missing(create)
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY_TIMEOUT)
-        // A deleted key must not stay readable in a free page of the file.
-        .pragma("secure_delete", "ON")
+        // A deleted key must not stay readable in the file: within a page at once, in free pages by the VACUUM of `scrub`.
+        .pragma("secure_delete", "FAST")
+        // `checkpoint` empties the log beside the commits; this is for a process that has no such job, or cannot follow.
+        .pragma("wal_autocheckpoint", "20000")
         .statement_cache_capacity(512)
 }
 
@@ -45,6 +47,12 @@ pub(super) async fn scrub(path: &Path) -> Result<(), StoreError> {
         sqlx::raw_sql(statement).execute(&mut connection).await?;
     }
     Ok(connection.close().await?)
+}
+
+/// Copies what is committed from the log into the file, as far as no reader stands in the way. Nobody waits for it.
+pub(super) async fn checkpoint(readers: &SqlitePool) -> Result<(), StoreError> {
+    sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_all(readers).await?;
+    Ok(())
 }
 
 /// Opens `path` with every commit synced to disk, in WAL mode where the file is ours.

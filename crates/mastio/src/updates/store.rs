@@ -716,6 +716,16 @@ pub async fn fleet_cell(
     Ok(fleet(&rows)?.into_iter().next())
 }
 
+/// Tells the triggers that the engine writes the fleet: it moves the epoch and keeps the facts itself.
+async fn begin_fleet_write(tx: &mut WriteTx) -> Result<(), StoreError> {
+    tx.execute("INSERT INTO deploy_state (key, value) VALUES ('fleet_write', '1')", &[]).await.map(drop)
+}
+
+/// Takes the mark back, in the same transaction.
+async fn end_fleet_write(tx: &mut WriteTx) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM deploy_state WHERE key = 'fleet_write'", &[]).await.map(drop)
+}
+
 /// The commit of an apply, fleet part: cells, facts of leaves, and what they replace, one statement each.
 pub async fn write_fleet(
     tx: &mut WriteTx,
@@ -730,6 +740,7 @@ pub async fn write_fleet(
         values![run_id, now.to_rfc3339()],
     )
     .await?;
+    begin_fleet_write(tx).await?;
     let written = tx
         .execute(
             fleet_sql!(column,
@@ -739,6 +750,7 @@ pub async fn write_fleet(
             values![run_id],
         )
         .await?;
+    end_fleet_write(tx).await?;
     tx.execute(
         "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
          profile_gaps) SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, profile_gaps \
@@ -867,6 +879,7 @@ pub async fn restore_fleet(
         values![apply_run],
     )
     .await?;
+    begin_fleet_write(tx).await?;
     let restored = tx
         .execute(
             fleet_sql!(column,
@@ -877,6 +890,14 @@ pub async fn restore_fleet(
             values![apply_run],
         )
         .await?;
+    end_fleet_write(tx).await?;
+    // Of what a predecessor's snapshot gives back nobody knows the facts: they are read from it.
+    tx.execute(
+        "DELETE FROM agent_certificates WHERE agent_id IN (SELECT row_key FROM update_images WHERE run_id = $1 \
+         AND table_name = 'internal_agents' AND column_name = 'cert_pem' AND changes = 1 AND restores = 1)",
+        values![apply_run],
+    )
+    .await?;
     tx.execute(
         "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
          profile_gaps) SELECT agent_id, old_fingerprint, spki_sha256, old_serial, old_issuer_key_id, not_after, \

@@ -7,6 +7,7 @@
 mod s0001_foundation;
 mod s0002_profile_gaps;
 mod s0003_dashboard;
+mod s0004_fleet_write;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub const STEPS: &[Step] = &[
     s0001_foundation::STEP,
     s0002_profile_gaps::STEP,
     s0003_dashboard::STEP,
+    s0004_fleet_write::STEP,
     // The next step goes here.
 ];
 
