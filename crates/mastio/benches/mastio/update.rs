@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::Failure;
+use crate::client::{Connection, Target};
 use crate::load::{Probe, target};
 use crate::machine::Machine;
 use crate::server::{ADMIN_SECRET, Deploy, Server};
@@ -51,11 +51,28 @@ struct Run {
     write: (String, f64),
 }
 
+/// The phases of a run in their order, as the metrics name them.
+const PHASES: [&str; 6] = ["detect", "snapshot", "prepare", "verify", "commit", "activate"];
+
+/// Seconds that each phase has taken since the server started.
+async fn phase_sums(operator: &mut Connection, agent: &Target) -> Result<[f64; 6], Failure> {
+    let body = operator.expect(&agent.request("GET", "/metrics", &[], ""), 200).await?;
+    let text = std::str::from_utf8(body)?;
+    let mut sums = [0.0; 6];
+    for (sum, phase) in sums.iter_mut().zip(PHASES) {
+        let name = format!("cullis_update_phase_seconds_sum{{phase=\"{phase}\"}} ");
+        if let Some(value) = text.lines().find_map(|line| line.strip_prefix(&name)) {
+            *sum = value.parse()?;
+        }
+    }
+    Ok(sums)
+}
+
 async fn run(deploy: &Deploy, server: &Server, direction: &str) -> Result<Run, Failure> {
     let agent = target(deploy, server, 0)?;
     let secret = [("x-admin-secret", ADMIN_SECRET)];
     let mut operator = agent.connect().await?;
-    let seen = server.logged("update_progress").len();
+    let before = phase_sums(&mut operator, &agent).await?;
     let keys_seen = server.logged("update_keys_ready").len();
     let reads =
         Probe::start(agent.clone(), agent.request("GET", "/healthz", &[], ""), Duration::from_millis(1));
@@ -64,30 +81,35 @@ async fn run(deploy: &Deploy, server: &Server, direction: &str) -> Result<Run, F
     tokio::time::sleep(Duration::from_millis(100)).await;
     let path = format!("/proxy/updates/{MIGRATION}/{direction}");
     let request = agent.request("POST", &path, &secret, r#"{"confirm": true}"#);
-    let begun = Instant::now();
+    let (began_at, begun) = (Timestamp::now(), Instant::now());
     operator.expect(&request, 200).await?;
     let took_s = begun.elapsed().as_secs_f64();
-    let end = Timestamp::now();
     let (read, write) = (reads.longest()?, writes.longest()?);
 
-    let at = |line: &Value| line["timestamp"].as_str().unwrap_or_default().parse::<Timestamp>();
+    let took = phase_sums(&mut operator, &agent).await?;
+    let mut phases: Vec<(String, f64)> = PHASES
+        .iter()
+        .zip(took.iter().zip(&before))
+        .map(|(phase, (after, before))| ((*phase).to_owned(), after - before))
+        .filter(|(_, took)| *took > 0.0)
+        .collect();
     let mut starts: Vec<(String, Timestamp)> = Vec::new();
-    for line in &server.logged("update_progress")[seen..] {
-        let phase = line["phase"].as_str().unwrap_or_default();
-        if starts.last().is_none_or(|(last, _)| last != phase) {
-            starts.push((phase.to_owned(), at(line)?));
-        }
+    let mut moment = began_at;
+    for (phase, took) in &phases {
+        starts.push((phase.clone(), moment));
+        moment += SignedDuration::from_secs_f64(*took);
     }
+    // The run says when its keys are there: what *prepare* took before is luck.
     if let Some(ready) = server.logged("update_keys_ready").get(keys_seen)
-        && let Some(prepare) = starts.iter().position(|(phase, _)| phase == "prepare")
+        && let Some(prepare) = phases.iter().position(|(phase, _)| phase == "prepare")
     {
+        let ready: Timestamp = ready["timestamp"].as_str().unwrap_or_default().parse()?;
+        let keys = ready.duration_since(starts[prepare].1).as_secs_f64().clamp(0.0, phases[prepare].1);
+        phases[prepare].1 -= keys;
+        phases.insert(prepare, ("keys".to_owned(), keys));
         starts[prepare].0 = "keys".to_owned();
-        starts.insert(prepare + 1, ("prepare".to_owned(), at(ready)?));
+        starts.insert(prepare + 1, ("prepare".to_owned(), ready));
     }
-    let ends = starts.iter().skip(1).map(|(_, at)| *at).chain([end]);
-    let phases =
-        starts.iter().zip(ends).map(|((phase, from), to)| (phase.clone(), (to - *from).as_secs_f64()));
-    let phases = phases.collect();
     let during = |moment: Timestamp| {
         let phase = starts.iter().rev().find(|(_, from)| *from <= moment);
         phase.map_or_else(|| "before".to_owned(), |(phase, _)| phase.clone())

@@ -67,9 +67,6 @@ pub enum TokenEndpointError {
     /// The audit log does not take the event, so nothing was done.
     #[error("the audit log cannot be written: nothing was issued")]
     AuditUnavailable,
-    /// A task was stopped.
-    #[error("a verifying task was stopped")]
-    Stopped,
     /// The certificate authority.
     #[error(transparent)]
     Pki(#[from] PkiError),
@@ -100,7 +97,7 @@ impl TokenEndpointError {
             Self::Busy => "overloaded",
             Self::Unguarded => "replay_protection_unavailable",
             Self::AuditUnavailable => "audit_unavailable",
-            Self::Stopped | Self::Pki(_) | Self::Store(_) => "unavailable",
+            Self::Pki(_) | Self::Store(_) => "unavailable",
         }
     }
 }
@@ -123,7 +120,6 @@ impl Problem for TokenEndpointError {
             | Self::Challenge => Kind::Unauthenticated,
             Self::Identity(error) => error.kind(),
             Self::Stale | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
-            Self::Stopped => Kind::Internal,
             Self::Pki(error) => error.kind(),
             Self::Store(error) => error.kind(),
         }
