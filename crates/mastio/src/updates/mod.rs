@@ -423,8 +423,14 @@ impl Updates {
             }
             None => None,
         };
-        let run_id = self.admit(migration, direction, actor).await?;
-        self.run(migration, run_id, direction, actor, planned).await
+        let (updates, actor) = (Arc::clone(self), actor.to_owned());
+        // A task of its own: a caller who hangs up between admission and start must not leave a run that nobody drives.
+        tokio::spawn(async move {
+            let run_id = updates.admit(migration, direction, &actor).await?;
+            updates.run(migration, run_id, direction, &actor, planned).await
+        })
+        .await
+        .unwrap_or(Err(UpdateError::Stopped))
     }
 
     /// Admits a run and lets it go on by itself, for a caller who comes back to look.
@@ -438,7 +444,7 @@ impl Updates {
     ) -> Result<(), UpdateError> {
         let migration = self.known(migration_id).await?;
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
-        // A task of its own: a caller who hangs up between admission and start must not leave a run that nobody drives.
+        // A task of its own here too.
         let admission = tokio::spawn(async move {
             let run_id = updates.admit(migration, direction, &actor).await?;
             tokio::spawn(async move {
