@@ -47,7 +47,7 @@ impl Updates {
 
     /// What a rollback would do. Errors: [`UpdateError::Unknown`]; [`UpdateError::NoSnapshot`].
     pub async fn rollback_outline(&self, migration_id: &str) -> Result<RollbackOutline, UpdateError> {
-        self.known(migration_id).await?;
+        let migration = self.known(migration_id).await?;
         let mut tx = self.pki.store.read().await?;
         let snapshot = store::snapshot(&mut tx, migration_id).await?.ok_or(UpdateError::NoSnapshot)?;
         let taken_at = store::snapshot_taken_at(&mut tx, migration_id).await?.unwrap_or_default();
@@ -56,8 +56,10 @@ impl Updates {
         let committed = run.as_ref().is_some_and(|run| run.committed);
         let torn = !committed && run.is_some_and(|run| run.actor == PREDECESSOR);
         let changed = committed || torn;
-        let (restored_leaves, carried_leaves) =
-            if changed { store::rollback_counts(&mut tx, &snapshot.run_id, torn).await? } else { (0, 0) };
+        let (restored_leaves, carried_leaves) = match migration.scope().fleet.filter(|_| changed) {
+            Some(column) => store::rollback_counts(&mut tx, column, &snapshot.run_id, torn).await?,
+            None => (0, 0),
+        };
         let root = store::image(&mut tx, &snapshot.run_id, &Cell::config(config_key::ORG_CA_CERT)).await?;
         let restored = match root.filter(|_| changed).as_ref().and_then(|image| image.restored()) {
             Some(pem) => Some(CertificateSummary::of(&Certificate::from_pem(pem)?)),

@@ -10,7 +10,7 @@ use futures_util::Stream;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::store::{self, RunState};
+use super::store::{self, RunRecord};
 use super::{Direction, Progress, UpdateError, Updates, doctor, shown};
 
 /// How often the row of a run is looked at.
@@ -38,7 +38,7 @@ struct Place {
 }
 
 impl Place {
-    fn of(run: &RunState, local: Option<&Progress>) -> Self {
+    fn of(run: &RunRecord, local: Option<&Progress>) -> Self {
         let place = Self {
             run_id: run.run_id.clone(),
             direction: run.direction.clone(),
@@ -84,7 +84,7 @@ impl Pace {
 }
 
 /// How an ended run is told.
-fn end(migration_id: &str, run: &RunState) -> Report {
+fn end(migration_id: &str, run: &RunRecord) -> Report {
     let at = run.committed_at.as_ref().or(run.finished_at.as_ref()).map(|at| shown(at));
     let (name, time) = match (&run.error, run.direction == Direction::Apply.as_str()) {
         (Some(_), _) => ("failed", "failed_at"),
@@ -107,7 +107,7 @@ struct Watcher {
     local: watch::Receiver<Option<Progress>>,
     closing: watch::Receiver<bool>,
     /// The run that had ended before anybody looked.
-    over: Option<RunState>,
+    over: Option<RunRecord>,
     told: Option<Place>,
     greeted: bool,
     ended: bool,
@@ -172,8 +172,8 @@ impl Watcher {
 }
 
 impl Updates {
-    async fn last_run(&self, migration_id: &str) -> Result<Option<RunState>, UpdateError> {
-        Ok(store::last_run(&mut self.pki.store.read().await?, migration_id).await?)
+    async fn last_run(&self, migration_id: &str) -> Result<Option<RunRecord>, UpdateError> {
+        Ok(store::runs(&mut self.pki.store.read().await?, migration_id, 1).await?.into_iter().next())
     }
 
     /// Where the run of an update is, on whichever replica; `None` while none is under way.
@@ -217,8 +217,11 @@ impl Updates {
 mod tests {
     use super::*;
 
-    fn run(direction: &str, finished: bool, error: Option<&str>) -> RunState {
-        RunState {
+    fn run(direction: &str, finished: bool, error: Option<&str>) -> RunRecord {
+        RunRecord {
+            actor: "admin".to_owned(),
+            started_at: "2026-11-23T00:00:00Z".to_owned(),
+            verified_at: None,
             run_id: "01".to_owned(),
             direction: direction.to_owned(),
             phase: "prepare".to_owned(),

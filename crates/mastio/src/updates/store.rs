@@ -1016,51 +1016,6 @@ pub async fn rollback_page(
         .collect()
 }
 
-/// The last run of a migration, as far as those who watch it care.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunState {
-    /// ULID.
-    pub run_id: String,
-    /// `apply` or `rollback`.
-    pub direction: String,
-    /// Where it is.
-    pub phase: String,
-    /// Rows done of the phase.
-    pub done: i64,
-    /// Rows of the phase; 0 when it does not count.
-    pub total: i64,
-    /// When its change was committed.
-    pub committed_at: Option<String>,
-    /// When it ended.
-    pub finished_at: Option<String>,
-    /// Why it failed.
-    pub error: Option<String>,
-}
-
-/// The last run of `migration_id`, under way or ended.
-pub async fn last_run(tx: &mut impl Query, migration_id: &str) -> Result<Option<RunState>, StoreError> {
-    let row = tx
-        .row(
-            "SELECT run_id, direction, phase, done, total, committed_at, finished_at, error FROM update_runs \
-             WHERE migration_id = $1 ORDER BY run_id DESC LIMIT 1",
-            values![migration_id],
-        )
-        .await?;
-    row.map(|row| {
-        Ok(RunState {
-            run_id: row.text(0)?,
-            direction: row.text(1)?,
-            phase: row.text(2)?,
-            done: row.integer(3)?,
-            total: row.integer(4)?,
-            committed_at: row.optional_text(5)?,
-            finished_at: row.optional_text(6)?,
-            error: row.optional_text(7)?,
-        })
-    })
-    .transpose()
-}
-
 /// When each migration's snapshot was taken, as stored.
 pub async fn snapshots_taken(tx: &mut impl Query) -> Result<Vec<(String, String)>, StoreError> {
     tx.rows("SELECT migration_id, created_at FROM migration_state_backups ORDER BY migration_id", &[])
@@ -1180,25 +1135,23 @@ pub async fn snapshot_taken_at(
         .transpose()
 }
 
-/// What a rollback to a run's images does to the Mastio-issued leaves: how many it sets back, and how many it carries.
+/// What a rollback to a run's images does to the fleet: how many cells it sets back, and how many it carries.
 ///
-/// A leaf is set back that still reads as the run wrote it; of a `torn` run of the predecessor, every leaf that it saw.
+/// A cell is set back that still reads as the run wrote it; of a `torn` run of the predecessor, every one that it saw.
 pub async fn rollback_counts(
     tx: &mut impl Query,
+    column: FleetColumn,
     run_id: &str,
     torn: bool,
 ) -> Result<(i64, i64), StoreError> {
-    let row = tx
-        .row(
-            "SELECT CAST(COALESCE(SUM(set_back), 0) AS BIGINT), CAST(COUNT(*) - COALESCE(SUM(set_back), 0) AS BIGINT) \
-             FROM (SELECT CASE WHEN i.row_key IS NOT NULL AND ($2 = 1 OR (i.changes = 1 \
-             AND i.after IS NOT DISTINCT FROM a.cert_pem)) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
-             LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
-             AND i.column_name = 'cert_pem' AND i.row_key = a.agent_id \
-             WHERE a.cert_pem IS NOT NULL AND COALESCE(a.enrollment_method, '') NOT IN ('byoca', 'spire', 'spiffe')) leaves",
-            values![run_id, torn],
-        )
-        .await?
-        .ok_or(StoreError::HeadMissing)?;
+    // The same cells as those of `rollback_page`.
+    let sql = fleet_sql!(column,
+        "SELECT CAST(COALESCE(SUM(set_back), 0) AS BIGINT), CAST(COUNT(*) - COALESCE(SUM(set_back), 0) AS BIGINT) \
+         FROM (SELECT CASE WHEN i.row_key IS NOT NULL AND ($2 = 1 OR (i.changes = 1 \
+         AND i.after IS NOT DISTINCT FROM a." COLUMN ")) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
+         LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
+         AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
+         WHERE i.changes = 1 OR (" IN_SCOPE ")) cells");
+    let row = tx.row(sql, values![run_id, torn]).await?.ok_or(StoreError::HeadMissing)?;
     Ok((row.integer(0)?, row.integer(1)?))
 }
