@@ -185,7 +185,27 @@ async function byMouseAfterwards() {
     assert.equal(await halted(page), 0, where);
     await judge(page, where);
   }
+  await page.getByRole("heading", { name: "Latest events" }).waitFor();
+  await page.getByRole("cell", { name: "auth.token_issued" }).first().waitFor();
+  await page.getByRole("link", { name: "Every event about it" }).click();
+  await page.waitForURL("**/proxy/audit?subject=acme**");
+  await page.locator("tbody a").first().click();
+  await page.getByText("its neighbours follow from one another").waitFor();
+  await judge(page, "an event");
+  await shot(page, "event");
+  await page.goto("/proxy");
+  await page.getByRole("img", { name: "Tokens in each of the last 60 minutes" }).waitFor();
+  assert.ok((await page.locator(".chart rect").count()) > 0, "no bar in a chart after a token");
+
+  // Somebody else signs in: the page that follows the log shows it by itself.
   await page.goto("/proxy/audit");
+  const logins = page.getByRole("cell", { name: "dashboard.login", exact: true });
+  const before = await logins.count();
+  const somebody = await open();
+  await signIn(somebody, "/proxy");
+  await somebody.context().close();
+  await logins.nth(before).waitFor();
+  await judge(page, "a followed log");
   await page.getByRole("button", { name: "Verify the whole chain now" }).click();
   await page.getByText("Sound:").waitFor();
   await page.getByLabel("Event").selectOption("admin.update_applied");

@@ -4,6 +4,8 @@
 //! that every replica shows the same and an operator's SQL shows at once. What this process did is counted in
 //! [`Metrics`], a value that `app.rs` makes once and hands on; there is no global registry.
 
+pub mod recent;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -140,6 +142,7 @@ pub struct Metrics {
     http_request: Family<Route, Histogram>,
     audit_append_failures: Counter,
     update_phase: Family<Phase, Histogram>,
+    recent: recent::Recent,
 }
 
 impl Default for Metrics {
@@ -203,6 +206,7 @@ impl Metrics {
             http_request,
             audit_append_failures,
             update_phase,
+            recent: recent::Recent::new(),
         }
     }
 
@@ -231,6 +235,15 @@ impl Metrics {
     pub fn request_answered(&self, route: &str, status: u16, took: Duration) {
         self.http_requests.get_or_create(&RouteStatus { route: route.to_owned(), status }).inc();
         self.http_request.get_or_create(&Route { route: route.to_owned() }).observe(took.as_secs_f64());
+        if let Some(traffic) = recent::Traffic::of(route) {
+            self.recent.note(traffic, status >= 500, took);
+        }
+    }
+
+    /// What this process answered in the last hour.
+    #[must_use]
+    pub fn last_hour(&self, traffic: recent::Traffic) -> recent::Hour {
+        self.recent.hour(traffic)
     }
 
     /// The page that Prometheus scrapes: `snapshot`'s gauges first, then this process's counters and histograms.

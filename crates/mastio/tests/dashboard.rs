@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 11] = [
+const PAGES: [&str; 13] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -27,6 +27,8 @@ const PAGES: [&str; 11] = [
     "/proxy/pki",
     "/proxy/mastio-key",
     "/proxy/audit",
+    "/proxy/audit?subject=acme::agent-0001",
+    "/proxy/audit/1",
     "/proxy/settings",
 ];
 
@@ -123,6 +125,7 @@ fn no_route_tells_or_changes_anything_without_a_session() {
     let open = ["/proxy/login", "/proxy/assets/{name}"];
     for route in routes.into_iter().filter(|route| !open.contains(route)) {
         let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
+        let path = path.replace("{seq}", "1");
         assert!(!path.contains('{'), "{route}: say in this test what it names");
         for arguments in [&[][..], &["-d", "confirm=yes"]] {
             let answer = deploy.curl(&path, arguments);
@@ -282,6 +285,36 @@ fn what_an_agent_s_name_holds_is_text() {
     assert!(browser.get("/proxy/agents").body.contains("&#60;script&#62;alert(1)"));
 }
 
+#[test]
+fn every_event_about_an_agent_is_found_on_both_databases() {
+    for database in [Database::Sqlite, Database::Postgres] {
+        let Some(deploy) = pending() else { return };
+        let mut deploy = deploy.on(database);
+        deploy.start();
+        deploy.apply().expect(200);
+        let agents = ["alpha", "beta\\u0000\"agent_id\":\"x\""].map(|name| {
+            let body = json!({ "agent_name": name.split('\\').next(), "display_name": name });
+            let agent = deploy.admin_post("/v1/admin/agents", &body).expect(201);
+            agent["agent_id"].as_str().unwrap().to_owned()
+        });
+        let about = |subject: &str| {
+            let path = format!("/v1/admin/audit?subject={subject}");
+            let events = deploy.admin_get(&path).expect(200);
+            let types = events.as_array().unwrap().iter().map(|event| event["event_type"].clone());
+            types.map(|name| name.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        for agent_id in &agents {
+            assert!(about(agent_id).contains(&"agent.created".to_owned()), "{agent_id} on {database:?}");
+            let filtered = format!("/v1/admin/audit?subject={agent_id}&event_type=agent.created");
+            assert_eq!(deploy.admin_get(&filtered).expect(200).as_array().unwrap().len(), 1);
+        }
+        assert_eq!(about("x"), Vec::<String>::new());
+        let newest = deploy.admin_get("/v1/admin/audit?limit=1").expect(200)[0]["seq"].as_i64().unwrap();
+        let after = deploy.admin_get(&format!("/v1/admin/audit?after={}", newest - 2)).expect(200);
+        assert_eq!(after.as_array().unwrap().len(), 2);
+    }
+}
+
 /// Rows that an operator's SQL, another version or a broken disk put there.
 #[test]
 fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
@@ -311,6 +344,10 @@ fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
     let plan = browser.get(&format!("{page}/apply-review"));
     assert_eq!(plan.status, 404, "{}", plan.body);
     let token = browser.csrf_token();
+    assert_eq!(browser.get("/proxy/audit/999").status, 404);
+    assert_eq!(browser.get("/proxy/audit/%3Cscript%3E").status, 404);
+    let event = browser.get("/proxy/audit/1000").body;
+    assert!(event.contains("Broken: audit row 1000") && !event.contains("<script>"), "{event}");
     let verified = browser.ask("/proxy/audit", &["-d", &format!("csrf_token={token}")]);
     assert!(verified.body.contains("Broken:"), "{}", verified.body);
 }

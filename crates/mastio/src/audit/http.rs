@@ -26,7 +26,9 @@ pub fn routes(store: Store) -> Router {
 #[derive(Deserialize)]
 struct ListQuery {
     event_type: Option<String>,
+    subject: Option<String>,
     before: Option<i64>,
+    after: Option<i64>,
     limit: Option<i64>,
 }
 
@@ -42,7 +44,9 @@ async fn list_events(
     }
     let filter = Filter {
         event_type: query.event_type,
+        subject: query.subject,
         before: query.before,
+        after: query.after,
         limit: query.limit.unwrap_or(LIST_ROWS_DEFAULT).clamp(1, LIST_ROWS_MAX),
     };
     Ok(axum::Json(super::list(&store, &filter).await?))

@@ -5,7 +5,7 @@
 pub mod http;
 mod store;
 
-use mastio_core::audit::chain::{ChainBreak, Head, Verifier};
+use mastio_core::audit::chain::{ChainBreak, ChainedEvent, Head, Verifier};
 use serde_json::{Value, json};
 
 use crate::store::{Store, StoreError};
@@ -20,26 +20,64 @@ const VERIFY_ROWS: i64 = 2048;
 pub struct Filter {
     /// Only events of this type.
     pub event_type: Option<String>,
+    /// Only events about this agent, or else by this actor.
+    pub subject: Option<String>,
     /// Only events before this sequence number: the key of the next page.
     pub before: Option<i64>,
+    /// Only events after this sequence number: what a reader who follows has not seen.
+    pub after: Option<i64>,
     /// Rows at most.
     pub limit: i64,
+}
+
+/// One event between its neighbours.
+#[derive(Debug)]
+pub struct Placed {
+    /// The event, as [`list`] shows it.
+    pub event: Value,
+    /// Whether its hash is the hash of its content, and its neighbours follow from one another.
+    pub link: Result<(), ChainBreak>,
+    /// Sequence number of the event before it.
+    pub before: Option<i64>,
+    /// Sequence number of the event after it.
+    pub after: Option<i64>,
+}
+
+/// The event of this sequence number. `None`: there is none.
+pub async fn event(store: &Store, seq: i64) -> Result<Option<Placed>, StoreError> {
+    let rows = store::page_forward(&mut store.read().await?, seq.saturating_sub(2), 3).await?;
+    let at = |wanted: Option<i64>| rows.iter().find(|row| Some(row.seq) == wanted);
+    let Some(row) = at(Some(seq)) else { return Ok(None) };
+    let (before, after) = (at(seq.checked_sub(1)), at(seq.checked_add(1)));
+    // Without the row before, the gap that it leaves is what is found.
+    let mut verifier = before.map_or_else(Verifier::new, |row| Verifier::from(Head::from(row)));
+    let link = verifier.push(row).and_then(|()| after.map_or(Ok(()), |after| verifier.push(after)));
+    Ok(Some(Placed {
+        event: shown(row),
+        link,
+        before: before.map(|row| row.seq),
+        after: after.map(|row| row.seq),
+    }))
 }
 
 /// Events, newest first.
 pub async fn list(store: &Store, filter: &Filter) -> Result<Vec<Value>, StoreError> {
     let mut tx = store.read().await?;
     let rows = store::page(&mut tx, filter).await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| {
-            let details: Value = serde_json::from_str(&row.details).unwrap_or(Value::Null);
-            json!({
-                "seq": row.seq, "id": row.id, "timestamp": row.timestamp, "event_type": row.event_type,
-                "actor": row.actor, "details": details, "prev_hash": row.prev_hash, "hash": row.hash,
-            })
-        })
-        .collect())
+    Ok(rows.iter().map(shown).collect())
+}
+
+fn shown(row: &ChainedEvent) -> Value {
+    let details: Value = serde_json::from_str(&row.details).unwrap_or(Value::Null);
+    json!({
+        "seq": row.seq, "id": row.id, "timestamp": row.timestamp, "event_type": row.event_type,
+        "actor": row.actor, "details": details, "prev_hash": row.prev_hash, "hash": row.hash,
+    })
+}
+
+/// The sequence number of the newest event.
+pub async fn newest(store: &Store) -> Result<i64, StoreError> {
+    Ok(store::head(&mut store.read().await?).await?.sequence)
 }
 
 /// What a verification found.

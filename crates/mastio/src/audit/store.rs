@@ -19,27 +19,34 @@ fn read(row: &Row) -> Result<ChainedEvent, StoreError> {
     })
 }
 
-pub(super) async fn page(tx: &mut impl Query, filter: &Filter) -> Result<Vec<ChainedEvent>, StoreError> {
-    let before = filter.before.unwrap_or(i64::MAX);
-    let rows = match &filter.event_type {
-        Some(event_type) => {
-            tx.rows(
-                "SELECT seq, id, timestamp, event_type, actor, details, prev_hash, hash FROM audit_events \
-                 WHERE event_type = $1 AND seq < $2 ORDER BY seq DESC LIMIT $3",
-                values![event_type, before, filter.limit],
-            )
-            .await?
-        }
-        None => {
-            tx.rows(
-                "SELECT seq, id, timestamp, event_type, actor, details, prev_hash, hash FROM audit_events \
-                 WHERE seq < $1 ORDER BY seq DESC LIMIT $2",
-                values![before, filter.limit],
-            )
-            .await?
-        }
+/// A page of the list, with what else the rows have to satisfy.
+macro_rules! page_where {
+    ($condition:literal) => {
+        concat!(
+            "SELECT seq, id, timestamp, event_type, actor, details, prev_hash, hash FROM audit_events ",
+            "WHERE seq < $1 AND seq > $2 ",
+            $condition,
+            " ORDER BY seq DESC LIMIT $3"
+        )
     };
-    rows.iter().map(read).collect()
+}
+
+pub(super) async fn page(tx: &mut impl Query, filter: &Filter) -> Result<Vec<ChainedEvent>, StoreError> {
+    let (before, after, limit) = (filter.before.unwrap_or(i64::MAX), filter.after.unwrap_or(0), filter.limit);
+    let (sql, values) = match (&filter.event_type, &filter.subject) {
+        (None, None) => (page_where!(""), values![before, after, limit].to_vec()),
+        (Some(event_type), None) => {
+            (page_where!("AND event_type = $4"), values![before, after, limit, event_type].to_vec())
+        }
+        (None, Some(subject)) => {
+            (page_where!("AND subject = $4"), values![before, after, limit, subject].to_vec())
+        }
+        (Some(event_type), Some(subject)) => (
+            page_where!("AND event_type = $4 AND subject = $5"),
+            values![before, after, limit, event_type, subject].to_vec(),
+        ),
+    };
+    tx.rows(sql, &values).await?.iter().map(read).collect()
 }
 
 pub(super) async fn page_forward(

@@ -144,7 +144,8 @@ async fn examined(store: &Store) -> Result<Vec<doctor::Finding>, Failure> {
 /// The rows of `GET /v1/admin/audit`.
 pub async fn list_events(config: &Config, event_type: Option<&str>, limit: u32) -> Result<Value, Failure> {
     let deploy = open(config).await?;
-    let filter = Filter { event_type: event_type.map(str::to_owned), before: None, limit: i64::from(limit) };
+    let filter =
+        Filter { event_type: event_type.map(str::to_owned), limit: i64::from(limit), ..Filter::default() };
     audit::list(&deploy.pki.store, &filter).await.map(Value::Array).map_err(|error| unreadable(&error))
 }
 

@@ -167,8 +167,8 @@ impl Dashboard {
     ) -> Result<Vec<Deed>, DashboardError> {
         let filter = audit::Filter {
             event_type: Some(event_type.as_str().to_owned()),
-            before: None,
             limit: EVENTS_LOOKED_AT,
+            ..audit::Filter::default()
         };
         let events = audit::list(&self.pki().store, &filter).await?;
         let deeds = events.iter().map(|event| {

@@ -26,6 +26,9 @@ pub enum DashboardError {
         /// How long to wait.
         seconds: i64,
     },
+    /// As many pages as may do follow the audit log.
+    #[error("too many pages follow the audit log: close one, or reload this page to see what is new")]
+    TooManyFollowers,
     /// The form does not carry this session's token.
     #[error("this form belongs to another session: go back, reload the page and send it again")]
     ForeignForm,
@@ -54,7 +57,7 @@ impl Problem for DashboardError {
         match self {
             Self::SignedOut { .. } => Kind::Unauthenticated,
             Self::WrongSecret | Self::ForeignForm => Kind::Denied,
-            Self::TooManyTries { .. } => Kind::Limited,
+            Self::TooManyTries { .. } | Self::TooManyFollowers => Kind::Limited,
             Self::Malformed => Kind::Invalid,
             Self::NotFound(_) => Kind::NotFound,
             Self::Render(_) => Kind::Internal,

@@ -4,13 +4,16 @@ use askama::Template;
 use mastio_core::x509::Certificate;
 
 use super::error::DashboardError;
-use super::trust::CertificateView;
-use super::{Dashboard, Frame};
+use super::trust::{CertificateView, Event, events};
+use super::{Dashboard, Frame, urlencoded};
+use crate::audit::Filter;
 use crate::enrollment::Agent;
 use crate::http::authn::Session;
 
 /// Agents on a page.
 const PAGE_ROWS: i64 = 50;
+/// Events that an agent's page shows.
+const EVENTS: i64 = 10;
 
 /// `/proxy/agents`.
 #[derive(Template)]
@@ -31,6 +34,9 @@ pub(super) struct AgentPage {
     chain: Vec<CertificateView>,
     verdict: Result<(), String>,
     anchor_is_current: bool,
+    /// The latest events about it.
+    events: Vec<Event>,
+    command: String,
 }
 
 impl Dashboard {
@@ -81,7 +87,13 @@ impl Dashboard {
         });
         let roles = ["Leaf", "Issuer", "Issuer of the issuer"];
         let chain = chain.iter().zip(roles).map(|(certificate, role)| CertificateView::of(role, certificate));
+        let filter = Filter { subject: Some(agent.agent_id.clone()), limit: EVENTS, ..Filter::default() };
         Ok(AgentPage {
+            command: format!(
+                "curl -sk https://localhost:9443/v1/egress/agents/{}/public-key \\\n  --cert agent.crt --key agent.key | jq",
+                urlencoded(&agent.agent_id)
+            ),
+            events: events(&self.pki().store, &filter).await?,
             frame: self.frame(Some(session), "agents", agent.agent_id.clone()).await?,
             chain: chain.collect(),
             verdict,

@@ -1,6 +1,7 @@
 //! `/proxy/…`: the pages, signing in and out, what pages load.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use askama::Template;
@@ -8,13 +9,16 @@ use axum::extract::{Form, FromRequest, FromRequestParts, Path, Query, Request, S
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
+use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
+use futures_util::StreamExt as _;
 use mastio_core::error::Kind;
 use serde::Deserialize;
 
 use super::error::DashboardError;
+use super::trust::AuditQuery;
 use super::{Dashboard, assets, session, urlencoded};
 use crate::http::authn::Session;
 use crate::http::context::Context;
@@ -46,6 +50,9 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/mastio-key", get(show_keys))
         .route("/proxy/settings", get(show_settings))
         .route("/proxy/audit", get(show_audit).post(verify_audit))
+        .route("/proxy/audit/rows", get(show_audit_rows))
+        .route("/proxy/audit/stream", get(follow_audit))
+        .route("/proxy/audit/{seq}", get(show_event))
         .layer(middleware::from_fn_with_state(Arc::clone(&dashboard), pages))
         .route("/proxy/assets/{name}", get(show_asset))
         .with_state(dashboard)
@@ -416,24 +423,41 @@ async fn show_settings(State(dashboard): State<Arc<Dashboard>>, Viewer(session):
     html(&dashboard.settings_page(&session).await?)
 }
 
-#[derive(Deserialize)]
-struct AuditQuery {
-    #[serde(default)]
-    event_type: String,
-    before: Option<i64>,
-}
-
 async fn show_audit(
     State(dashboard): State<Arc<Dashboard>>,
     Viewer(session): Viewer,
     Query(query): Query<AuditQuery>,
 ) -> Shown {
-    html(&dashboard.audit_page(&session, &query.event_type, query.before, false).await?)
+    html(&dashboard.audit_page(&session, &query, false).await?)
 }
 
 /// Changes nothing; a form all the same, because reading the whole log is not what a link should do.
 async fn verify_audit(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
-    html(&dashboard.audit_page(&sent.session, "", None, true).await?)
+    html(&dashboard.audit_page(&sent.session, &AuditQuery::default(), true).await?)
+}
+
+async fn show_audit_rows(
+    State(dashboard): State<Arc<Dashboard>>,
+    _viewer: Viewer,
+    Query(query): Query<AuditQuery>,
+) -> Shown {
+    html(&dashboard.audit_rows(&query).await?)
+}
+
+async fn show_event(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(seq): Path<String>,
+) -> Shown {
+    let seq = seq.parse().map_err(|_| DashboardError::NotFound(format!("event {seq}")))?;
+    html(&dashboard.event_page(&session, seq).await?)
+}
+
+/// Says that the log has grown; the page then fetches what it shows.
+async fn follow_audit(State(dashboard): State<Arc<Dashboard>>, _viewer: Viewer) -> Shown {
+    let heads = dashboard.follow_audit()?;
+    let events = heads.map(|seq| Ok::<_, Infallible>(Event::default().data(seq.to_string())));
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
 }
 
 async fn show_asset(Path(name): Path<String>) -> Response {

@@ -8,9 +8,11 @@
 
 mod assets;
 mod backoff;
+mod chart;
 mod checks;
 pub mod error;
 mod fleet;
+mod follow;
 pub mod http;
 mod overview;
 mod session;
@@ -19,6 +21,8 @@ mod trust;
 mod updates;
 
 use std::sync::Arc;
+
+use tokio::sync::Semaphore;
 
 use crate::config::InForce;
 use crate::enrollment::Agents;
@@ -36,6 +40,7 @@ pub struct Dashboard {
     secret: AdminSecret,
     settings: Vec<InForce>,
     backoff: Backoff,
+    followers: Arc<Semaphore>,
 }
 
 /// What every page shows around its own content.
@@ -65,7 +70,14 @@ impl Dashboard {
     /// A dashboard over the parts of a running server.
     #[must_use]
     pub fn new(health: Health, agents: Arc<Agents>, secret: AdminSecret, settings: Vec<InForce>) -> Self {
-        Self { health, agents, secret, settings, backoff: Backoff::default() }
+        Self {
+            health,
+            agents,
+            secret,
+            settings,
+            backoff: Backoff::default(),
+            followers: Arc::new(Semaphore::new(follow::FOLLOWERS_MAX)),
+        }
     }
 
     fn pki(&self) -> &Pki {

@@ -3,6 +3,7 @@
 
 use askama::Template;
 
+use super::chart::Chart;
 use super::error::DashboardError;
 use super::trust::{Event, events};
 use super::updates::Update;
@@ -10,6 +11,7 @@ use super::{Dashboard, Frame};
 use crate::audit::Filter;
 use crate::config::{InForce, Origin};
 use crate::http::authn::Session;
+use crate::metrics::recent::Traffic;
 
 /// Events that the overview shows.
 const EVENTS: i64 = 8;
@@ -46,6 +48,7 @@ pub(super) struct OverviewPage {
     waiting: Vec<Update>,
     endings: Vec<Ending>,
     retiring: i64,
+    charts: [Chart; 2],
     events: Vec<Event>,
 }
 
@@ -100,8 +103,16 @@ impl Dashboard {
             waiting,
             endings,
             retiring: i64::try_from(authority.retiring.len()).unwrap_or(i64::MAX),
+            charts: [
+                self.chart("Tokens", "/proxy/audit?event_type=auth.token_issued", Traffic::Tokens),
+                self.chart("Calls of tools", "/proxy/audit?event_type=mcp.tool_called", Traffic::Calls),
+            ],
             events: events(&self.pki().store, &filter).await?,
         })
+    }
+
+    fn chart(&self, title: &'static str, href: &'static str, traffic: Traffic) -> Chart {
+        Chart::of(title, href, &self.health.metrics.last_hour(traffic))
     }
 
     pub(super) async fn settings_page(&self, session: &Session) -> Result<SettingsPage<'_>, DashboardError> {

@@ -3,6 +3,7 @@
 use askama::Template;
 use mastio_core::audit::event::EventType;
 use mastio_core::x509::{Certificate, KeyAlgorithm};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::DashboardError;
@@ -73,25 +74,25 @@ fn summary(details: &Value) -> String {
     if line.is_empty() { "—".to_owned() } else { line }
 }
 
+impl Event {
+    fn of(event: &Value) -> Self {
+        let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        Self {
+            seq: event["seq"].as_i64().unwrap_or(0),
+            timestamp: text("timestamp"),
+            event_type: text("event_type"),
+            actor: text("actor"),
+            summary: summary(&event["details"]),
+            details: serde_json::to_string_pretty(&event["details"]).unwrap_or_default(),
+            prev_hash: text("prev_hash"),
+            hash: text("hash"),
+        }
+    }
+}
+
 /// Events, newest first.
 pub(super) async fn events(store: &Store, filter: &Filter) -> Result<Vec<Event>, StoreError> {
-    let list = audit::list(store, filter).await?;
-    Ok(list
-        .iter()
-        .map(|event| {
-            let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
-            Event {
-                seq: event["seq"].as_i64().unwrap_or(0),
-                timestamp: text("timestamp"),
-                event_type: text("event_type"),
-                actor: text("actor"),
-                summary: summary(&event["details"]),
-                details: serde_json::to_string_pretty(&event["details"]).unwrap_or_default(),
-                prev_hash: text("prev_hash"),
-                hash: text("hash"),
-            }
-        })
-        .collect())
+    Ok(audit::list(store, filter).await?.iter().map(Event::of).collect())
 }
 
 /// `/proxy/pki`.
@@ -132,8 +133,57 @@ pub(super) struct AuditPage {
     events: Vec<Event>,
     types: Vec<(&'static str, bool)>,
     event_type: String,
+    subject: String,
     next: Option<i64>,
+    /// Whether the newest events are shown, so that newer ones may join them.
+    follows: bool,
     verdict: Option<Verdict>,
+}
+
+/// The part of [`AuditPage`] that moves.
+#[derive(Template)]
+#[template(path = "events.html")]
+pub(super) struct EventsFragment {
+    events: Vec<Event>,
+}
+
+/// `/proxy/audit/{seq}`.
+#[derive(Template)]
+#[template(path = "event.html")]
+pub(super) struct EventPage {
+    frame: Frame,
+    event: Event,
+    link: Result<(), String>,
+    before: Option<i64>,
+    after: Option<i64>,
+    command: String,
+}
+
+/// What the audit page is asked for.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct AuditQuery {
+    #[serde(default)]
+    event_type: String,
+    #[serde(default)]
+    subject: String,
+    before: Option<i64>,
+}
+
+impl AuditQuery {
+    fn event_type(&self) -> Option<EventType> {
+        EventType::parse(&self.event_type)
+    }
+
+    fn filter(&self, limit: i64) -> Filter {
+        let subject = self.subject.trim();
+        Filter {
+            event_type: self.event_type().map(|wanted| wanted.as_str().to_owned()),
+            subject: (!subject.is_empty()).then(|| subject.to_owned()),
+            before: self.before,
+            limit,
+            ..Filter::default()
+        }
+    }
 }
 
 impl Dashboard {
@@ -180,22 +230,16 @@ impl Dashboard {
         Ok(KeysPage { frame: self.frame(Some(session), "keys", "Signing keys").await?, keys })
     }
 
-    /// Events before `before`, of one type or of every. `verify`: the whole chain is verified now.
+    /// Events as the query wants them. `verify`: the whole chain is verified now.
     pub(super) async fn audit_page(
         &self,
         session: &Session,
-        event_type: &str,
-        before: Option<i64>,
+        query: &AuditQuery,
         verify: bool,
     ) -> Result<AuditPage, DashboardError> {
-        let wanted = EventType::parse(event_type);
-        let filter = Filter {
-            event_type: wanted.map(|wanted| wanted.as_str().to_owned()),
-            before,
-            limit: PAGE_ROWS + 1,
-        };
+        let wanted = query.event_type();
         let store = &self.pki().store;
-        let mut events = events(store, &filter).await?;
+        let mut events = events(store, &query.filter(PAGE_ROWS + 1)).await?;
         let rows = usize::try_from(PAGE_ROWS).unwrap_or(usize::MAX);
         let more = events.len() > rows;
         events.truncate(rows);
@@ -204,8 +248,37 @@ impl Dashboard {
         let mut types: Vec<(&'static str, bool)> =
             EventType::ALL.iter().map(|kind| (kind.as_str(), Some(*kind) == wanted)).collect();
         types.sort_unstable();
-        let event_type = wanted.map(|wanted| wanted.as_str().to_owned()).unwrap_or_default();
-        let frame = self.frame(Some(session), "audit", "Audit").await?;
-        Ok(AuditPage { frame, events, types, event_type, next, verdict })
+        Ok(AuditPage {
+            frame: self.frame(Some(session), "audit", "Audit").await?,
+            events,
+            types,
+            event_type: wanted.map(|wanted| wanted.as_str().to_owned()).unwrap_or_default(),
+            subject: query.subject.trim().to_owned(),
+            next,
+            follows: query.before.is_none(),
+            verdict,
+        })
+    }
+
+    /// The newest events, for a page that follows them.
+    pub(super) async fn audit_rows(&self, query: &AuditQuery) -> Result<EventsFragment, DashboardError> {
+        Ok(EventsFragment { events: events(&self.pki().store, &query.filter(PAGE_ROWS)).await? })
+    }
+
+    pub(super) async fn event_page(&self, session: &Session, seq: i64) -> Result<EventPage, DashboardError> {
+        let placed = audit::event(&self.pki().store, seq).await?;
+        let placed = placed.ok_or_else(|| DashboardError::NotFound(format!("event {seq}")))?;
+        let (after, before) = (seq.saturating_sub(1), seq.saturating_add(1));
+        Ok(EventPage {
+            frame: self.frame(Some(session), "audit", format!("Event {seq}")).await?,
+            event: Event::of(&placed.event),
+            link: placed.link.map_err(|broken| broken.to_string()),
+            before: placed.before,
+            after: placed.after,
+            command: format!(
+                "curl -sk \"https://localhost:9443/v1/admin/audit?after={after}&before={before}\" \
+                 -H \"X-Admin-Secret: $ADMIN_SECRET\" | jq"
+            ),
+        })
     }
 }

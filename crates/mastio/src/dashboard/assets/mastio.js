@@ -1,4 +1,4 @@
-// Copying, and times in the viewer's zone. Pages read and act without it.
+// Copying, times in the viewer's zone, and parts of pages that move. Pages read and act without it.
 (() => {
   "use strict";
   const local = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
@@ -33,6 +33,23 @@
       copy(event.target);
     }
   });
+  // A part that names a stream hears `moved` when the server has said something, at most five times a second.
+  const streams = [];
+  for (const part of document.querySelectorAll("[data-stream]")) {
+    const stream = new EventSource(part.dataset.stream);
+    let due = null;
+    const moved = () => {
+      due ??= setTimeout(() => {
+        due = null;
+        part.dispatchEvent(new CustomEvent("moved"));
+      }, 200);
+    };
+    stream.addEventListener("message", moved);
+    for (const name of (part.dataset.events || "").split(" ").filter(Boolean)) stream.addEventListener(name, moved);
+    streams.push(stream);
+  }
+  addEventListener("pagehide", () => streams.forEach((stream) => stream.close()));
+
   document.addEventListener("htmx:afterSettle", () => dress(document));
   dress(document);
 })();

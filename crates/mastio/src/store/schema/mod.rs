@@ -8,6 +8,7 @@ mod s0001_foundation;
 mod s0002_profile_gaps;
 mod s0003_dashboard;
 mod s0004_fleet_write;
+mod s0005_audit_subject;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ pub const STEPS: &[Step] = &[
     s0002_profile_gaps::STEP,
     s0003_dashboard::STEP,
     s0004_fleet_write::STEP,
+    s0005_audit_subject::STEP,
     // The next step goes here.
 ];
 
