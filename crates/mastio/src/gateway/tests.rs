@@ -323,6 +323,7 @@ fn router(gateway: &Arc<Gateway>) -> Router {
         request_id: "01JZREQUEST".to_owned(),
         now: NOW,
         peer: SocketAddr::from(([192, 0, 2, 1], 4000)),
+        source: [192, 0, 2, 1].into(),
         client_certificate: None,
     };
     routes(Arc::clone(gateway))

@@ -1,6 +1,6 @@
 //! Who asked, from where, and when: fixed once for each request.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::FromRequestParts;
@@ -16,6 +16,9 @@ pub struct Context {
     pub now: UnixMicros,
     /// The other end of the connection: the client, or a front before it.
     pub peer: SocketAddr,
+    /// The address that limits per source count: the client's own, also where a trusted front stands between
+    /// ([`super::headers`]).
+    pub source: IpAddr,
     /// DER of the certificate whose key the TLS handshake proved, or a configured front in its place
     /// ([`super::front`]). Nothing else about it is known yet: path, standing and revocation are judged where an identity is needed.
     pub client_certificate: Option<Arc<[u8]>>,

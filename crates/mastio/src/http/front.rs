@@ -121,6 +121,14 @@ pub fn forwarded(headers: &HeaderMap) -> Result<Forwarded, ApiError> {
     }
 }
 
+/// The client's address as a trusted front tells it: the last entry of `X-Forwarded-For`, which is the one that the front
+/// itself has added. What stands before it is the client's own word. Nothing where the front says nothing readable.
+#[must_use]
+pub fn client_address(headers: &HeaderMap) -> Option<IpAddr> {
+    let last = headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
+    last.rsplit(',').next()?.trim().parse::<IpAddr>().ok().map(|address| address.to_canonical())
+}
+
 fn once<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a HeaderValue>, ApiError> {
     let mut values = headers.get_all(name).iter();
     let first = values.next();
@@ -240,6 +248,21 @@ mod tests {
         }
         let alone = headers(&[("x-ssl-client-cert", "anything")]);
         assert_eq!(forwarded(&alone).unwrap(), Forwarded::NoCertificate);
+    }
+
+    #[test]
+    fn the_client_s_address_is_what_the_front_itself_has_added() {
+        let told = |values: &[&str]| {
+            let pairs: Vec<(&'static str, &str)> =
+                values.iter().map(|value| ("x-forwarded-for", *value)).collect();
+            client_address(&headers(&pairs)).map(|address| address.to_string())
+        };
+        assert_eq!(told(&[]), None);
+        assert_eq!(told(&["192.0.2.7"]).as_deref(), Some("192.0.2.7"));
+        assert_eq!(told(&["203.0.113.9, 192.0.2.7"]).as_deref(), Some("192.0.2.7"));
+        assert_eq!(told(&["203.0.113.9", "2001:db8::7"]).as_deref(), Some("2001:db8::7"));
+        assert_eq!(told(&["::ffff:192.0.2.7"]).as_deref(), Some("192.0.2.7"));
+        assert_eq!(told(&["192.0.2.7, unknown"]), None);
     }
 
     #[test]

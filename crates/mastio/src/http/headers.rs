@@ -7,7 +7,7 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::context::Context;
 use super::error::ApiError;
-use super::front::{Forwarded, Front, forwarded};
+use super::front::{Forwarded, Front, client_address, forwarded};
 
 const SECURITY: [(HeaderName, HeaderValue); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
@@ -55,13 +55,19 @@ pub async fn guard(State(front): State<Front>, mut request: Request, next: Next)
     response
 }
 
-/// Puts the certificate that a trusted front has verified where the handshake's would be.
+/// Puts the certificate that a trusted front has verified where the handshake's would be, and its client's address where
+/// its own would be.
 ///
 /// A certificate that the front itself showed us is not its client's: it never stands in for one that is missing.
 fn take_forwarded(front: &Front, request: &mut Request) -> Result<(), ApiError> {
     let is_front = |context: &Context| front.trusts(context.peer.ip());
     if !request.extensions().get::<Context>().is_some_and(is_front) {
         return Ok(());
+    }
+    if let Some(source) = client_address(request.headers())
+        && let Some(context) = request.extensions_mut().get_mut::<Context>()
+    {
+        context.source = source;
     }
     let client_certificate = match forwarded(request.headers())? {
         Forwarded::Nothing => return Ok(()),

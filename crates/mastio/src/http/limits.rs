@@ -4,7 +4,8 @@
 //! number a caller is all that is kept. Counted in this process; replicas count for themselves.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -67,8 +68,43 @@ impl RateLimit {
     }
 }
 
+/// An allowance for each source address, for one route:
+/// `get(show).layer(from_fn_with_state(per_minute(30), limits::per_source))`. Over it: 429 with `Retry-After`.
+///
+/// A source is what [`Context::source`] says: the client, also behind a trusted front. Of IPv6 the first 64 bits count,
+/// since one host has all that are below.
+pub async fn per_source(
+    State(limit): State<Arc<RateLimit>>,
+    context: Context,
+    request: Request,
+    next: Next,
+) -> Response {
+    if limit.admit(&source_key(context.source), context.now) {
+        return next.run(request).await;
+    }
+    ApiError::new(Kind::Limited, "too many requests from this address: wait a minute").into_response()
+}
+
+/// `requests` a minute for each source of one route, as [`per_source`] takes it.
+#[must_use]
+pub fn per_minute(requests: u32) -> Arc<RateLimit> {
+    Arc::new(RateLimit::per_minute(requests))
+}
+
+/// What counts as one source.
+#[must_use]
+pub fn source_key(source: IpAddr) -> String {
+    match source.to_canonical() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            format!("{a:x}:{b:x}:{c:x}:{d:x}::/64")
+        }
+    }
+}
+
 /// Sheds requests over the whole server's rate, except those that tell how it fares.
-pub async fn shed(State(limit): State<std::sync::Arc<RateLimit>>, request: Request, next: Next) -> Response {
+pub async fn shed(State(limit): State<Arc<RateLimit>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let exempt = path.starts_with("/health")
         || path == "/readyz"
@@ -96,6 +132,14 @@ mod tests {
         assert!(limit.admit("b", at(0)), "another caller has its own");
         assert!(limit.admit("a", at(1)), "a second gives one back");
         assert!(!limit.admit("a", at(1)));
+    }
+
+    #[test]
+    fn an_ipv6_host_is_one_source_whatever_addresses_it_takes() {
+        let key = |text: &str| text.parse().map(source_key).unwrap_or_default();
+        assert_eq!(key("2001:db8:1:2::1"), key("2001:db8:1:2:ffff::9"));
+        assert_ne!(key("2001:db8:1:2::1"), key("2001:db8:1:3::1"));
+        assert_eq!(key("::ffff:192.0.2.1"), "192.0.2.1");
     }
 
     #[test]

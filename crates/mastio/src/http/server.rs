@@ -117,6 +117,7 @@ async fn serve(
             request_id: entropy.ulid(now),
             now,
             peer,
+            source: peer.ip(),
             client_certificate: client_certificate.clone(),
         });
         request

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::Response;
 use axum::routing::{get, post};
 use serde::Deserialize;
@@ -15,11 +16,16 @@ use crate::http::authn::AdminCaller;
 use crate::http::cache::cached;
 use crate::http::error::ApiError;
 use crate::http::json::Json;
+use crate::http::limits::{per_minute, per_source};
+
+/// Requests a minute from one address for what anybody may read (wire contract §10).
+const PUBLIC_PER_MINUTE: u32 = 30;
 
 /// The routes of this capability.
 pub fn routes(pki: Arc<Pki>) -> Router {
+    let limited = || from_fn_with_state(per_minute(PUBLIC_PER_MINUTE), per_source);
     Router::new()
-        .route("/pki/ca.crt", get(show_ca))
+        .route("/pki/ca.crt", get(show_ca).layer(limited()))
         .route("/v1/admin/pki/byoca-certificates", post(issue_byoca_certificate))
         .with_state(pki)
 }

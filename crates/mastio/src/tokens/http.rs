@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
@@ -15,10 +16,13 @@ use crate::http::cache::cached;
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::json::Json;
+use crate::http::limits::{per_minute, per_source};
 use crate::http::urls::ExternalUrls;
 use crate::metrics::Metrics;
 
 const TOKEN_PATH: &str = "/v1/auth/token";
+/// Requests a minute for the JWKS from one address (wire contract §10).
+const JWKS_PER_MINUTE: u32 = 30;
 
 /// What the handlers need.
 #[derive(Clone)]
@@ -34,7 +38,10 @@ pub fn routes(tokens: Arc<Tokens>, urls: ExternalUrls, metrics: Arc<Metrics>) ->
         .route("/v1/auth/login-challenge", post(create_challenge))
         .route("/v1/auth/sign-challenged-assertion", post(countersign_assertion))
         .route(TOKEN_PATH, post(issue_token))
-        .route("/.well-known/jwks-local.json", get(show_jwks))
+        .route(
+            "/.well-known/jwks-local.json",
+            get(show_jwks).layer(from_fn_with_state(per_minute(JWKS_PER_MINUTE), per_source)),
+        )
         .with_state(Endpoint { tokens, urls, metrics })
 }
 
