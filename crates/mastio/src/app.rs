@@ -56,6 +56,8 @@ const CHECKPOINT_PERIOD: Duration = Duration::from_secs(1);
 const RECOVER_PERIOD: Duration = Duration::from_secs(5);
 /// How often the server certificate's end is looked at.
 const TLS_PERIOD: Duration = Duration::from_secs(3600);
+/// How often agents' certificates that end soon are logged.
+const EXPIRY_PERIOD: Duration = Duration::from_secs(3600);
 /// The file that says which process holds the data directory.
 const LOCK_FILE: &str = "mastio.lock";
 /// The file that names this replica in the journal of runs.
@@ -298,7 +300,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
-        .merge(enrollment::http::routes(agents))
+        .merge(enrollment::http::routes(Arc::clone(&agents)))
         .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics)))
         .merge(gateway::routes(gateway))
         .merge(updates::http::routes(Arc::clone(&updates)))
@@ -319,7 +321,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         clock: Arc::clone(&pki.clock),
         entropy: Arc::clone(&pki.entropy),
     };
-    let mut jobs = jobs(&pki, &updates, &tls);
+    let mut jobs = jobs(&pki, &updates, &tls, &agents);
     jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
@@ -327,7 +329,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
 }
 
 /// Timed work. Each job that fails says so and tries again at its next turn.
-fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandle<()>> {
+fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>, agents: &Arc<Agents>) -> Vec<JoinHandle<()>> {
     let every = |period: Duration| {
         let mut interval = tokio::time::interval(period);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -400,7 +402,18 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>) -> Vec<JoinHandl
             }
         })
     };
-    vec![follow, forget, checkpoint, recover, renew]
+    let expiry = {
+        let (agents, mut ticks) = (Arc::clone(agents), every(EXPIRY_PERIOD));
+        tokio::spawn(async move {
+            loop {
+                ticks.tick().await;
+                if let Err(error) = agents.log_expiring().await {
+                    tracing::warn!(error = chain(&error), "expiry_watch_failed");
+                }
+            }
+        })
+    };
+    vec![follow, forget, checkpoint, recover, renew, expiry]
 }
 
 fn data_dir_error(path: &Path, source: std::io::Error) -> AppError {

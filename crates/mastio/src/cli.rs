@@ -4,6 +4,7 @@
 //! directory ([`remote`]), and opens the database itself when none does ([`local`]). Both answer with the JSON of the
 //! HTTP API; [`table`] shows it to people, `--json` prints it as it is.
 
+mod fleet;
 mod local;
 pub(crate) mod remote;
 mod table;
@@ -75,6 +76,12 @@ enum Command {
     /// Read and verify the audit log.
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Create, look at, renew, set aside and delete agents.
+    #[command(subcommand)]
+    Agents(fleet::AgentsCommand),
+    /// Decide who gets an identity.
+    #[command(subcommand)]
+    Enrollments(fleet::EnrollmentsCommand),
     /// Work with certificates.
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -332,6 +339,8 @@ async fn execute(command: Command) -> Result<(), Failure> {
         Command::Config { json, flags } => show_config(&resolve(&flags, AdminSecret::Optional)?, json),
         Command::Updates(command) => updates(command).await,
         Command::Audit(command) => audit(command).await,
+        Command::Agents(command) => fleet::agents(command).await,
+        Command::Enrollments(command) => fleet::enrollments(command).await,
         Command::Pki(PkiCommand::IssueByoca { csr, agent_name, target }) => {
             let csr_pem = read_request(&csr)?;
             let issued = match way(&target)? {
@@ -818,6 +827,18 @@ mod tests {
             "updates snapshots",
             "audit list --event-type admin.update_applied --limit 5",
             "audit verify",
+            "agents list --expiring-within-days 30",
+            "agents list --after acme::billing --limit 10 --json",
+            "agents show billing",
+            "agents add billing --display-name Billing --capability invoices.read --capability invoices.write",
+            "agents deactivate billing",
+            "agents reactivate billing",
+            "agents renew billing",
+            "agents delete billing --yes",
+            "enrollments list --status expired",
+            "enrollments show abc",
+            "enrollments approve abc --agent-id billing --capability invoices.read",
+            "enrollments reject abc --reason unknown",
             "pki issue-byoca --csr agent.csr --agent-name billing",
             "adopt --check",
             "database copy --to postgres://cullis@db/cullis",
@@ -837,6 +858,10 @@ mod tests {
             "updates apply --all --plan-digest 00ff",
             "audit list --limit 0",
             "adopt",
+            "agents add",
+            "agents list --limit 0",
+            "enrollments approve abc",
+            "enrollments reject abc",
             "config --ca x",
             "serve --port 1",
         ] {

@@ -99,7 +99,9 @@ impl Health {
         let mut tx = self.pki.store.read().await?;
         let halt = crate::updates::halt::read(&mut tx).await?;
         let agents = crate::enrollment::store::counts(&mut tx).await?;
+        let expiring = crate::enrollment::store::expiring(&mut tx, self.pki.clock.now().seconds()).await?;
         drop(tx);
+        let number = |count: i64| u64::try_from(count).unwrap_or(0);
         let authority = self.pki.authority();
         let mut certificates = vec![
             (CertificateTier::OrgCa, authority.org_ca.not_after().0),
@@ -124,6 +126,11 @@ impl Health {
             legacy_ca_pathlen_zero: authority.org_ca_has_legacy_path_len(),
             update_checks_failing: self.updates.findings().failing.len() as u64,
             certificates,
+            agents_expiring: [
+                ("expired", number(expiring.expired)),
+                ("7d", number(expiring.within_7_days)),
+                ("30d", number(expiring.within_30_days)),
+            ],
             agents: agents
                 .into_iter()
                 .map(|(kind, active, count)| AgentCount {

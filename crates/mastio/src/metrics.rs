@@ -66,6 +66,11 @@ struct Fleet {
     active: bool,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Within {
+    within: &'static str,
+}
+
 /// What a certificate is for, in `cullis_certificate_not_after_seconds`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CertificateTier {
@@ -128,6 +133,8 @@ pub struct Snapshot {
     pub update_checks_failing: u64,
     /// `notAfter` of the certificates in force, in Unix seconds.
     pub certificates: Vec<(CertificateTier, i64)>,
+    /// Active agents whose certificate has ended, ends within seven days, and within thirty.
+    pub agents_expiring: [(&'static str, u64); 3],
     /// The fleet; empty where it was not counted.
     pub agents: Vec<AgentCount>,
 }
@@ -305,6 +312,15 @@ impl Snapshot {
             "cullis_certificate_not_after_seconds",
             "When a certificate in force expires, in Unix seconds",
             certificates,
+        );
+        let expiring = Family::<Within, Gauge>::default();
+        for (within, count) in self.agents_expiring.iter().filter(|(within, _)| !within.is_empty()) {
+            expiring.get_or_create(&Within { within }).set(gauge_value(*count));
+        }
+        registry.register(
+            "cullis_agent_certificates_expiring",
+            "Active agents whose certificate has expired, or expires within so many days",
+            expiring,
         );
         let agents = Family::<Fleet, Gauge>::default();
         for AgentCount { enrollment, active, count } in &self.agents {

@@ -73,10 +73,20 @@ event_types! {
     DeployCreated = "deploy.created",
     /// A deployment was copied to another database.
     DeployCopied = "deploy.copied",
+    /// Somebody asked for an agent's identity, with a key of their own.
+    EnrollmentRequested = "enrollment.requested",
+    /// A request for an identity was granted, and its key certified.
+    EnrollmentApproved = "enrollment.approved",
+    /// A request for an identity was refused.
+    EnrollmentRejected = "enrollment.rejected",
     /// An agent was created.
     AgentCreated = "agent.created",
     /// An agent was deactivated.
     AgentDeactivated = "agent.deactivated",
+    /// A deactivated agent was taken back.
+    AgentReactivated = "agent.reactivated",
+    /// An agent's certificate was issued anew, for its key or another one.
+    AgentCertificateRenewed = "agent.certificate_renewed",
     /// An agent was deleted.
     AgentDeleted = "agent.deleted",
     /// An agent's persistent DPoP key was set.

@@ -32,6 +32,7 @@ mod tlv;
 use std::fmt::Write as _;
 
 use aws_lc_rs::{digest, signature as crypto};
+use rustls_pki_types::{SubjectPublicKeyInfoDer, pem::PemObject as _};
 
 pub use self::certificate::{Certificate, KeyAlgorithm};
 pub use self::csr::CertificateRequest;
@@ -139,6 +140,17 @@ pub fn p256_spki_der(uncompressed_point: &[u8]) -> Result<Vec<u8>, X509Error> {
 #[must_use]
 pub fn spki_pem(spki_der: &[u8]) -> String {
     pem("PUBLIC KEY", spki_der)
+}
+
+/// Reads the first `PUBLIC KEY` block of a PEM text and gives its SubjectPublicKeyInfo DER.
+///
+/// Errors: [`X509Error::Pem`] where there is none, [`X509Error::Malformed`] where its bytes are no SPKI.
+/// Not here: whether the key is of a kind that may be used.
+pub fn spki_der_from_pem(text: &str) -> Result<Vec<u8>, X509Error> {
+    let der = SubjectPublicKeyInfoDer::from_pem_slice(text.as_bytes())
+        .map_err(|_| X509Error::Pem { label: "PUBLIC KEY" })?;
+    signature::PublicKey::read(&der)?;
+    Ok(der.to_vec())
 }
 
 /// PEM as OpenSSL and Python's `cryptography` write it (RFC 7468 §2).

@@ -13,8 +13,10 @@ use crate::app::{self, Deploy};
 use crate::audit::{self, Filter};
 use crate::clock::SystemClock;
 use crate::config::Config;
+use crate::enrollment::{Agent, Agents, EnrollmentError};
 use crate::entropy::Entropy;
 use crate::http::error::chain;
+use crate::http::limits::RateLimit;
 use crate::pki::bootstrap;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
 use crate::updates::store::RunRow;
@@ -167,6 +169,119 @@ pub async fn issue_byoca(config: &Config, agent_name: &str, csr_pem: &str) -> Re
         "serial": issued.certificate.serial_hex(),
         "not_after": issued.certificate.not_after().to_rfc3339(),
     }))
+}
+
+async fn agents(config: &Config) -> Result<(Deploy, Agents), Failure> {
+    let deploy = open(config).await?;
+    let agents = Agents::new(Arc::clone(&deploy.pki), RateLimit::per_minute(0));
+    Ok((deploy, agents))
+}
+
+fn refused(error: EnrollmentError) -> Failure {
+    Failure::of(&error)
+}
+
+/// The rows of `GET /v1/admin/agents`.
+pub async fn list_agents(
+    config: &Config,
+    expiring_within_days: Option<i64>,
+    after: &str,
+    limit: i64,
+) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let list = match expiring_within_days {
+        Some(days) => agents.list_expiring(days, after, limit).await,
+        None => agents.list(after, limit).await,
+    };
+    Ok(list.map_err(refused)?.iter().map(Agent::to_json).collect())
+}
+
+/// The answer of `GET /v1/admin/agents/{id}`.
+pub async fn show_agent(config: &Config, agent_id: &str) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    Ok(agents.show(&agents.canonical(agent_id)).await.map_err(refused)?.to_full_json())
+}
+
+/// The answer of `POST /v1/admin/agents`.
+pub async fn add_agent(
+    config: &Config,
+    name: &str,
+    display_name: Option<&str>,
+    capabilities: &[String],
+) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let display_name = display_name.unwrap_or(name);
+    let created =
+        agents.create_managed(name, display_name, capabilities, false, ACTOR).await.map_err(refused)?;
+    Ok(json!({
+        "agent_id": created.agent.agent_id,
+        "display_name": created.agent.display_name,
+        "capabilities": created.agent.capabilities,
+        "federated": false,
+        "cert_pem": created.agent.cert_pem,
+        "private_key_pem": created.private_key_pem.as_str(),
+    }))
+}
+
+/// The answer of `POST /v1/admin/agents/{id}/deactivate` or `…/reactivate`.
+pub async fn set_active(config: &Config, agent_id: &str, active: bool) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let agent_id = agents.canonical(agent_id);
+    let done = if active {
+        agents.reactivate(&agent_id, ACTOR).await
+    } else {
+        agents.deactivate(&agent_id, ACTOR).await
+    };
+    done.map_err(refused)?;
+    Ok(json!({ "agent_id": agent_id, "is_active": active }))
+}
+
+/// What `DELETE /v1/admin/agents/{id}?permanently=true` does.
+pub async fn delete_agent(config: &Config, agent_id: &str) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    agents.delete(&agents.canonical(agent_id), ACTOR).await.map_err(refused)?;
+    Ok(Value::Null)
+}
+
+/// The answer of `POST /v1/admin/agents/{id}/renew`.
+pub async fn renew_agent(config: &Config, agent_id: &str) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let renewed = agents.renew(&agents.canonical(agent_id), None, None, ACTOR).await.map_err(refused)?;
+    Ok(renewed.to_json())
+}
+
+/// The rows of `GET /v1/admin/enrollments`.
+pub async fn list_requests(config: &Config, status: &str, after: &str, limit: i64) -> Result<Value, Failure> {
+    let (deploy, agents) = agents(config).await?;
+    let now = deploy.pki.clock.now().seconds();
+    let list = agents.requests(status, after, limit).await.map_err(refused)?;
+    Ok(list.iter().map(|request| request.to_json(now)).collect())
+}
+
+/// The answer of `GET /v1/admin/enrollments/{session}`.
+pub async fn show_request(config: &Config, session_id: &str) -> Result<Value, Failure> {
+    let (deploy, agents) = agents(config).await?;
+    let now = deploy.pki.clock.now().seconds();
+    Ok(agents.request(session_id).await.map_err(refused)?.to_json(now))
+}
+
+/// The answer of `POST /v1/admin/enrollments/{session}/approve`.
+pub async fn approve(
+    config: &Config,
+    session_id: &str,
+    agent_id: &str,
+    capabilities: &[String],
+) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let agent_id = agents.approve(session_id, agent_id, capabilities, ACTOR).await.map_err(refused)?;
+    Ok(json!({ "status": "approved", "agent_id": agent_id }))
+}
+
+/// The answer of `POST /v1/admin/enrollments/{session}/reject`.
+pub async fn reject(config: &Config, session_id: &str, reason: &str) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    agents.reject(session_id, reason, ACTOR).await.map_err(refused)?;
+    Ok(json!({ "status": "rejected" }))
 }
 
 /// What `serve` would find in the database, which stays as it is.

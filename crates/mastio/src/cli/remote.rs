@@ -182,6 +182,11 @@ impl Remote {
         self.send(Method::GET, path, query, None, Some(READ_TIMEOUT)).await
     }
 
+    /// Deletes what is at `path` below the server's URL.
+    pub async fn delete(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
+        self.send(Method::DELETE, path, query, None, Some(READ_TIMEOUT)).await
+    }
+
     async fn send(
         &self,
         method: Method,

@@ -47,6 +47,44 @@ pub(super) fn settings(resolved: &Resolved) -> String {
     text
 }
 
+/// The list of agents.
+pub(super) fn agents(list: &Value) -> String {
+    if rows(list).next().is_none() {
+        return "no such agents".to_owned();
+    }
+    let mut table = table(&["agent", "name", "enrollment", "active", "capabilities", "certificate ends"]);
+    for row in rows(list) {
+        let [id, name, enrollment, active, capabilities] =
+            ["agent_id", "display_name", "enrollment", "is_active", "capabilities"]
+                .map(|field| cell(&row[field]));
+        table.add_row([id, name, enrollment, active, capabilities, cell(&row["certificate"]["not_after"])]);
+    }
+    table.to_string()
+}
+
+/// The list of requests for an identity.
+pub(super) fn enrollments(list: &Value) -> String {
+    if rows(list).next().is_none() {
+        return "no such enrollments".to_owned();
+    }
+    let mut table = table(&["session", "status", "requester", "email", "from", "key", "ends"]);
+    for row in rows(list) {
+        table.add_row(
+            [
+                "session_id",
+                "status",
+                "requester_name",
+                "requester_email",
+                "source",
+                "pubkey_fingerprint",
+                "expires_at",
+            ]
+            .map(|field| cell(&row[field])),
+        );
+    }
+    table.to_string()
+}
+
 /// The list of updates.
 pub(super) fn updates(list: &Value) -> String {
     let mut table = table(&["migration", "status", "criticality", "affects", "detected", "description"]);

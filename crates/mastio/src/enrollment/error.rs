@@ -1,6 +1,8 @@
 //! Why a certificate does not prove an agent, and why an agent could not be created.
 
 use mastio_core::error::Kind;
+use mastio_core::token::enrollment::PossessionError;
+use mastio_core::token::jwk::JwkError;
 use mastio_core::x509::path::PathError;
 use serde_json::{Value, json};
 
@@ -99,6 +101,43 @@ pub enum EnrollmentError {
         /// What is wrong with it.
         problem: String,
     },
+    /// No such request.
+    #[error("no enrollment {0}")]
+    UnknownRequest(String),
+    /// The request is decided, or has expired.
+    #[error("enrollment {session_id} is {status}, not pending")]
+    Decided {
+        /// The request.
+        session_id: String,
+        /// What became of it.
+        status: &'static str,
+    },
+    /// The agent keeps the certificate that it has.
+    #[error("agent {agent_id} gets no other certificate: {why}")]
+    NotReplaceable {
+        /// The agent.
+        agent_id: String,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// Too many requests wait for a decision.
+    #[error("{}", if *from_this_source { "too many enrollments of this address wait for a decision" } else { "too many enrollments wait for a decision" })]
+    TooManyWaiting {
+        /// Of this source alone; otherwise of all.
+        from_this_source: bool,
+    },
+    /// The public key cannot be read, or is of no accepted kind.
+    #[error("the public key is refused: {0}")]
+    Key(String),
+    /// The client has not proved that it holds the key.
+    #[error("proof of possession refused")]
+    Possession(#[source] PossessionError),
+    /// The DPoP key is not a public key of an accepted kind.
+    #[error("dpop_jwk refused")]
+    DpopKey(#[source] JwkError),
+    /// A filter has an unknown value.
+    #[error("{0}")]
+    Filter(&'static str),
     /// The state kept changing while we signed.
     #[error("the PKI state kept changing: try again")]
     Busy,
@@ -113,10 +152,12 @@ pub enum EnrollmentError {
 impl Problem for EnrollmentError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Exists(_) => Kind::Conflict,
-            Self::Unknown(_) => Kind::NotFound,
+            Self::Exists(_) | Self::Decided { .. } | Self::NotReplaceable { .. } => Kind::Conflict,
+            Self::Unknown(_) | Self::UnknownRequest(_) => Kind::NotFound,
             Self::Field { .. } => Kind::Unprocessable,
-            Self::Busy => Kind::Unavailable,
+            Self::Key(_) | Self::Possession(_) | Self::DpopKey(_) | Self::Filter(_) => Kind::Invalid,
+            Self::TooManyWaiting { from_this_source: true } => Kind::Limited,
+            Self::TooManyWaiting { from_this_source: false } | Self::Busy => Kind::Unavailable,
             Self::Pki(error) => error.kind(),
             Self::Store(error) => error.kind(),
         }
@@ -129,6 +170,8 @@ impl Problem for EnrollmentError {
             }
             Self::Pki(error) => error.detail(),
             Self::Store(_) => json!("the database is not available"),
+            Self::Possession(cause) => json!(format!("{self}: {cause}")),
+            Self::DpopKey(cause) => json!(format!("{self}: {cause}")),
             other => json!(other.to_string()),
         }
     }

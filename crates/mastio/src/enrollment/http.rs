@@ -1,25 +1,25 @@
-//! `/v1/admin/agents` (wire contract §3.2) and what an agent may read of agents (§6).
+//! `/v1/admin/agents` (wire contract §3.2), what an agent may read of agents (§6), and its own certificate anew.
 
 use std::sync::Arc;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use axum::routing::{delete, get, post};
+use axum::routing::{get, post};
 use mastio_core::error::Kind;
 use mastio_core::token::jwk::PublicJwk;
+use mastio_core::x509::csr::CertificateRequest;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Agents, EnrollmentError};
+use super::{Agent, Agents, EnrollmentError};
 use crate::http::authn::AdminCaller;
 use crate::http::context::Context;
 use crate::http::error::ApiError;
-use crate::http::json::Json;
+use crate::http::json::{Json, parse};
+use crate::pki::PkiError;
 
-const AGENT_NAME_CHARACTERS_MAX: usize = 64;
-const DISPLAY_NAME_CHARACTERS_MAX: usize = 256;
-const CAPABILITIES_MAX: usize = 256;
 const LIST_ROWS_DEFAULT: i64 = 1000;
 const LIST_ROWS_MAX: i64 = 10_000;
 
@@ -27,10 +27,15 @@ const LIST_ROWS_MAX: i64 = 10_000;
 pub fn routes(agents: Arc<Agents>) -> Router {
     Router::new()
         .route("/v1/admin/agents", post(create_agent).get(list_agents))
-        .route("/v1/admin/agents/{agent_id}", delete(deactivate_agent))
+        .route("/v1/admin/agents/{agent_id}", get(show_agent).delete(remove_agent))
+        .route("/v1/admin/agents/{agent_id}/deactivate", post(deactivate_agent))
+        .route("/v1/admin/agents/{agent_id}/reactivate", post(reactivate_agent))
+        .route("/v1/admin/agents/{agent_id}/renew", post(renew_agent))
+        .route("/v1/agents/renew", post(renew_own))
         .route("/v1/admin/agents/{agent_id}/dpop-jwk", post(set_dpop_key))
         .route("/v1/egress/agents/{agent_id}/public-key", get(show_public_key))
-        .with_state(agents)
+        .with_state(Arc::clone(&agents))
+        .merge(super::approval::http::routes(agents))
 }
 
 #[derive(Deserialize)]
@@ -48,24 +53,11 @@ struct CreateAgent {
     private_key_pem: Option<String>,
 }
 
-/// Whether `name` is what an agent may be called.
-pub(crate) fn check_agent_name(name: &str) -> Result<(), EnrollmentError> {
-    let good = (1..=AGENT_NAME_CHARACTERS_MAX).contains(&name.len())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
-    if good {
-        Ok(())
-    } else {
-        let problem = format!("must be 1..={AGENT_NAME_CHARACTERS_MAX} of A-Z a-z 0-9 . _ -");
-        Err(EnrollmentError::Field { field: "agent_name", problem })
-    }
-}
-
 async fn create_agent(
     admin: AdminCaller,
     State(agents): State<Arc<Agents>>,
     Json(body): Json<CreateAgent>,
 ) -> Result<(StatusCode, axum::Json<Value>), ApiError> {
-    check_agent_name(&body.agent_name)?;
     if body.cert_pem.is_some() || body.private_key_pem.is_some() {
         return Err(ApiError::new(
             Kind::Invalid,
@@ -73,14 +65,6 @@ async fn create_agent(
         ));
     }
     let display_name = body.display_name.unwrap_or_else(|| body.agent_name.clone());
-    if display_name.chars().count() > DISPLAY_NAME_CHARACTERS_MAX {
-        let problem = format!("must be at most {DISPLAY_NAME_CHARACTERS_MAX} characters");
-        return Err(EnrollmentError::Field { field: "display_name", problem }.into());
-    }
-    if body.capabilities.len() > CAPABILITIES_MAX {
-        let problem = format!("must be at most {CAPABILITIES_MAX}");
-        return Err(EnrollmentError::Field { field: "capabilities", problem }.into());
-    }
     let created = agents
         .create_managed(&body.agent_name, &display_name, &body.capabilities, body.federated, &admin.actor)
         .await?;
@@ -103,6 +87,7 @@ struct ListQuery {
     #[serde(default)]
     after: String,
     limit: Option<i64>,
+    expiring_within_days: Option<i64>,
 }
 
 async fn list_agents(
@@ -111,33 +96,94 @@ async fn list_agents(
     Query(query): Query<ListQuery>,
 ) -> Result<axum::Json<Vec<Value>>, ApiError> {
     let limit = query.limit.unwrap_or(LIST_ROWS_DEFAULT).clamp(1, LIST_ROWS_MAX);
-    let list = agents.list(&query.after, limit).await?;
-    Ok(axum::Json(
-        list.into_iter()
-            .map(|agent| {
-                json!({
-                    "agent_id": agent.agent_id,
-                    "display_name": agent.display_name,
-                    "capabilities": agent.capabilities,
-                    "federated": agent.federated,
-                    "federated_at": null,
-                    "federation_revision": 0,
-                    "is_active": agent.is_active,
-                    "enrollment": agent.enrollment.as_str(),
-                    "created_at": agent.created_at,
-                })
-            })
-            .collect(),
-    ))
+    let list = match query.expiring_within_days {
+        Some(days) => agents.list_expiring(days, &query.after, limit).await?,
+        None => agents.list(&query.after, limit).await?,
+    };
+    Ok(axum::Json(list.iter().map(Agent::to_json).collect()))
+}
+
+async fn show_agent(
+    _admin: AdminCaller,
+    State(agents): State<Arc<Agents>>,
+    Path(agent_id): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(agents.show(&agents.canonical(&agent_id)).await?.to_full_json()))
+}
+
+#[derive(Deserialize)]
+struct RemoveQuery {
+    #[serde(default)]
+    permanently: bool,
+}
+
+/// The wire contract's DELETE deactivates; `?permanently=true` deletes.
+async fn remove_agent(
+    admin: AdminCaller,
+    State(agents): State<Arc<Agents>>,
+    Path(agent_id): Path<String>,
+    Query(query): Query<RemoveQuery>,
+) -> Result<StatusCode, ApiError> {
+    let agent_id = agents.canonical(&agent_id);
+    if query.permanently {
+        agents.delete(&agent_id, &admin.actor).await?;
+    } else {
+        agents.deactivate(&agent_id, &admin.actor).await?;
+    }
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn deactivate_agent(
     admin: AdminCaller,
     State(agents): State<Arc<Agents>>,
     Path(agent_id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    agents.deactivate(&agents.canonical(&agent_id), &admin.actor).await?;
-    Ok(StatusCode::NO_CONTENT)
+) -> Result<axum::Json<Value>, ApiError> {
+    let agent_id = agents.canonical(&agent_id);
+    agents.deactivate(&agent_id, &admin.actor).await?;
+    Ok(axum::Json(json!({ "agent_id": agent_id, "is_active": false })))
+}
+
+async fn reactivate_agent(
+    admin: AdminCaller,
+    State(agents): State<Arc<Agents>>,
+    Path(agent_id): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let agent_id = agents.canonical(&agent_id);
+    agents.reactivate(&agent_id, &admin.actor).await?;
+    Ok(axum::Json(json!({ "agent_id": agent_id, "is_active": true })))
+}
+
+async fn renew_agent(
+    admin: AdminCaller,
+    State(agents): State<Arc<Agents>>,
+    Path(agent_id): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let agent_id = agents.canonical(&agent_id);
+    Ok(axum::Json(agents.renew(&agent_id, None, None, &admin.actor).await?.to_json()))
+}
+
+#[derive(Deserialize, Default)]
+struct RenewOwn {
+    #[serde(default)]
+    csr_pem: Option<String>,
+}
+
+/// An agent's own certificate anew: for its key with an empty body, for another one with `csr_pem`.
+async fn renew_own(
+    context: Context,
+    State(agents): State<Arc<Agents>>,
+    body: Bytes,
+) -> Result<axum::Json<Value>, ApiError> {
+    let caller = agents.authenticate(&context).await?;
+    let body: RenewOwn = if body.is_empty() { RenewOwn::default() } else { parse(&body)? };
+    let request = body
+        .csr_pem
+        .as_deref()
+        .map(CertificateRequest::from_pem)
+        .transpose()
+        .map_err(|error| EnrollmentError::from(PkiError::Request(error)))?;
+    let agent_id = &caller.agent.agent_id;
+    Ok(axum::Json(agents.renew(agent_id, request.as_ref(), Some(&caller), agent_id).await?.to_json()))
 }
 
 #[derive(Deserialize)]

@@ -4,34 +4,33 @@
 //! identity that the certificate names, whether the agent exists and is active, whether the certificate is registered
 //! for it, and whether it chains to an anchor that is current or retiring. Each refusal is a 401 with a stable reason.
 //! What was judged is kept for as long as the epoch stands: every write to `internal_agents` moves it.
+//!
+//! How an agent comes to its identity: [`lifecycle`] makes one whose key we hand over, and has everything that
+//! happens to agents afterwards; [`approval`] certifies the key of somebody whom an operator approves.
 
+pub mod approval;
 pub mod error;
 pub mod http;
+pub mod lifecycle;
 pub mod store;
 
 use std::sync::Arc;
 
-use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use mastio_core::x509::{Certificate, identity};
 use moka::future::Cache;
-use serde_json::json;
 
 use crate::http::context::Context;
 use crate::http::limits::RateLimit;
-use crate::pki::keys::PrivateKey;
-use crate::pki::store::{CertificateFacts, set_certificate_facts};
-use crate::pki::{Pki, PkiError};
+use crate::pki::Pki;
 use crate::store::StoreError;
 use crate::updates::halt::EnrollmentType;
 pub use error::{EnrollmentError, IdentityError};
+use lifecycle::{Certified, STALE_ROUNDS_MAX, check_capabilities};
+pub use lifecycle::{CreatedAgent, PrincipalType};
 
 /// Certificates and agents that are remembered between requests.
 const CACHE_ENTRIES_MAX: u64 = 50_000;
-/// RFC 5280 appendix A.1, ub-common-name: the agent's id is its certificate's common name.
-const COMMON_NAME_CHARACTERS_MAX: usize = 64;
-/// How often an issuance whose epoch moved is made again before the caller is told to come back.
-const STALE_ROUNDS_MAX: usize = 5;
 
 /// An agent as its row says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,14 +74,6 @@ pub struct ProvenAgent {
     pub certificate: Certificate,
     /// The epoch at which this was judged.
     pub epoch: i64,
-}
-
-/// A newly created agent, with the key that is handed over once.
-pub struct CreatedAgent {
-    /// The agent.
-    pub agent: Agent,
-    /// Its private key, PKCS#8 PEM; shown here and never again.
-    pub private_key_pem: zeroize::Zeroizing<String>,
 }
 
 /// The agents of this deploy.
@@ -206,7 +197,9 @@ impl Agents {
             .filter(|agent| agent.is_active)
             .ok_or(IdentityError::UnknownOrInactive)?;
         let present = agent.leaf.as_ref().ok_or(IdentityError::PinMismatch)?;
-        if present.der() == certificate.der() {
+        // Typed principals are pinned by their key (wire contract §1.2).
+        let by_key = agent.principal_type != "agent" && present.spki_der() == certificate.spki_der();
+        if by_key || present.der() == certificate.der() {
             return Ok(agent);
         }
         let in_grace = agent.previous_until.is_some_and(|until| now < until)
@@ -227,127 +220,6 @@ impl Agents {
         Err(IdentityError::PinMismatch)
     }
 
-    /// Creates an agent whose key we make and hand over once (wire contract §3.2).
-    ///
-    /// `name`: `[a-zA-Z0-9._-]{1,64}`. Errors: [`EnrollmentError::Exists`]; [`PkiError::Halted`] under a halt.
-    pub async fn create_managed(
-        &self,
-        name: &str,
-        display_name: &str,
-        capabilities: &[String],
-        federated: bool,
-        actor: &str,
-    ) -> Result<CreatedAgent, EnrollmentError> {
-        for _round in 0..STALE_ROUNDS_MAX {
-            let (permit, authority) = self.pki.permit().await?;
-            let now = self.pki.clock.now().seconds();
-            let agent_id = format!("{}::{name}", authority.org_id);
-            if agent_id.chars().count() > COMMON_NAME_CHARACTERS_MAX {
-                let problem = format!(
-                    "makes {agent_id} longer than the {COMMON_NAME_CHARACTERS_MAX} characters of a common name"
-                );
-                return Err(EnrollmentError::Field { field: "agent_name", problem });
-            }
-            let spiffe_id = format!("spiffe://{}/{}/{name}", self.pki.trust_domain, authority.org_id);
-            let new = PrivateKey::generate_p256().map_err(PkiError::from)?;
-            let (leaf, chain) = authority.issue_agent_leaf(
-                &permit,
-                &self.pki.entropy,
-                &agent_id,
-                &spiffe_id,
-                new.key.spki_der(),
-                now,
-            )?;
-            let mut tx = self.pki.store.write().await?;
-            if tx.epoch() != permit.epoch() {
-                drop(tx);
-                self.pki.refresh().await?;
-                continue;
-            }
-            if store::agent(&mut tx, &agent_id).await?.is_some() {
-                return Err(EnrollmentError::Exists(agent_id));
-            }
-            let agent = Agent {
-                agent_id: agent_id.clone(),
-                display_name: display_name.to_owned(),
-                capabilities: capabilities.to_vec(),
-                cert_pem: Some(chain),
-                leaf: Some(leaf.clone()),
-                is_active: true,
-                enrollment: EnrollmentType::Connector,
-                dpop_jkt: None,
-                principal_type: "agent".to_owned(),
-                previous_cert_pem: None,
-                previous_dpop_jkt: None,
-                previous_until: None,
-                federated,
-                created_at: now.to_rfc3339(),
-            };
-            store::insert(&mut tx, &agent, "connector", &spiffe_id).await?;
-            let facts = CertificateFacts::issued_by(&leaf, authority.mastio_ca.as_ref());
-            set_certificate_facts(&mut tx, &[facts.row(&agent_id)]).await?;
-            let key_name = format!("agent_key:{agent_id}");
-            let sealed = new
-                .seal(self.pki.sealing(), &crate::pki::store::config_place(&key_name))
-                .map_err(PkiError::from)?;
-            crate::pki::store::set_config(&mut tx, &key_name, &sealed).await?;
-            tx.commit(&[Event {
-                event_type: EventType::AgentCreated,
-                actor: actor.to_owned(),
-                details: json!({
-                    "agent_id": agent_id,
-                    "enrollment": "connector",
-                    "serial": leaf.serial_hex(),
-                    "fingerprint": leaf.fingerprint(),
-                    "not_after": leaf.not_after().to_rfc3339(),
-                }),
-            }])
-            .await?;
-            self.pki.refresh().await?;
-            return Ok(CreatedAgent { agent, private_key_pem: new.hand_over() });
-        }
-        Err(EnrollmentError::Busy)
-    }
-
-    /// Pins an agent's persistent DPoP key; the one before stays good for 48 hours.
-    pub async fn set_dpop_key(&self, agent_id: &str, jkt: &str, actor: &str) -> Result<(), EnrollmentError> {
-        let now = self.pki.clock.now().seconds();
-        let mut tx = self.pki.store.write().await?;
-        if !store::set_dpop_jkt(&mut tx, agent_id, jkt, now.plus(GRACE_S)).await? {
-            return Err(EnrollmentError::Unknown(agent_id.to_owned()));
-        }
-        tx.commit(&[Event {
-            event_type: EventType::AgentDpopKeySet,
-            actor: actor.to_owned(),
-            details: json!({ "agent_id": agent_id, "dpop_jkt": jkt }),
-        }])
-        .await?;
-        self.pki.refresh().await?;
-        Ok(())
-    }
-
-    /// Every agent, a page at a time, by id after `after`.
-    pub async fn list(&self, after: &str, limit: i64) -> Result<Vec<Agent>, EnrollmentError> {
-        Ok(store::page(&mut self.pki.store.read().await?, after, limit).await?)
-    }
-
-    /// Deactivates an agent: its next request is refused everywhere. The row stays.
-    pub async fn deactivate(&self, agent_id: &str, actor: &str) -> Result<(), EnrollmentError> {
-        let now = self.pki.clock.now().seconds();
-        let mut tx = self.pki.store.write().await?;
-        if !store::deactivate(&mut tx, agent_id, now).await? {
-            return Err(EnrollmentError::Unknown(agent_id.to_owned()));
-        }
-        tx.commit(&[Event {
-            event_type: EventType::AgentDeactivated,
-            actor: actor.to_owned(),
-            details: json!({ "agent_id": agent_id }),
-        }])
-        .await?;
-        self.pki.refresh().await?;
-        Ok(())
-    }
-
     /// The canonical form of an id that may be given bare: `name` becomes `<org>::name`.
     #[must_use]
     pub fn canonical(&self, agent_id: &str) -> String {
@@ -358,9 +230,6 @@ impl Agents {
         }
     }
 }
-
-/// A replaced key or certificate stays good for 48 hours (wire contract §3.1).
-const GRACE_S: i64 = 48 * 3600;
 
 fn still_valid(proven: &ProvenAgent, now: UnixTime) -> bool {
     proven.certificate.not_before() <= now && now < proven.certificate.not_after()

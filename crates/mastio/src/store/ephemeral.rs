@@ -1,5 +1,5 @@
 //! What lives for minutes and may change without an audit event: identifiers that may be used once, and
-//! login challenges.
+//! login challenges. Requests for an identity that were not granted end here too; what was decided is in the audit log.
 //!
 //! A used identifier (`jti` of a DPoP proof or of a client assertion) is burnt by the commit of what it was used
 //! for, see [`super::group`]; here are the rest of its life and its end.
@@ -43,6 +43,10 @@ pub async fn take_challenge(
     Ok(row.text(0)? == agent_id && row.integer(1)? > now.0)
 }
 
+/// A request for an identity that nobody granted is kept for a day after its end, so that its sender reads what became
+/// of it.
+const REQUEST_KEPT_S: i64 = 86_400;
+
 /// Forgets what has expired. Identifiers are kept past their window by the clock leeway, or a proof
 /// that is still acceptable could be replayed.
 pub async fn forget_expired(store: &Store, now: UnixTime) -> Result<u64, StoreError> {
@@ -54,6 +58,12 @@ pub async fn forget_expired(store: &Store, now: UnixTime) -> Result<u64, StoreEr
     ] {
         forgotten += tx.execute(statement, values![now.0]).await?;
     }
+    forgotten += tx
+        .execute(
+            "DELETE FROM enrollment_requests WHERE status IN ('pending', 'rejected') AND expires_at < $1",
+            values![now.0 - REQUEST_KEPT_S],
+        )
+        .await?;
     tx.commit_unaudited().await?;
     Ok(forgotten)
 }

@@ -120,6 +120,11 @@ impl Agent {
         agent
     }
 
+    /// A process without a client yet.
+    pub fn bare(python: Python) -> Self {
+        Self { program: Program::start(python, "sdk/agent_story.py", &[]), calls: 0 }
+    }
+
     /// Asks the process. No warning may come with the answer: the SDK goes on without a certificate after only one.
     pub fn ask(&mut self, request: &Value) -> Result<Value, Raised> {
         self.program.write(request);

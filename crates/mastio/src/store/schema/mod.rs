@@ -9,6 +9,7 @@ mod s0002_profile_gaps;
 mod s0003_dashboard;
 mod s0004_fleet_write;
 mod s0005_audit_subject;
+mod s0006_enrollment_requests;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -37,6 +38,7 @@ pub const STEPS: &[Step] = &[
     s0003_dashboard::STEP,
     s0004_fleet_write::STEP,
     s0005_audit_subject::STEP,
+    s0006_enrollment_requests::STEP,
     // The next step goes here.
 ];
 
