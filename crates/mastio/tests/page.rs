@@ -77,7 +77,6 @@ enum Verdict {
 
 use Verdict::{On, Otherwise, Owed, Proven, Title};
 
-const DASHBOARD: &str = "the dashboard";
 const BUNDLE: &str = "the deploy bundle";
 const LINKED: &str = "the linked pages";
 const ENROLLMENT: &str = "enrolment";
@@ -150,7 +149,7 @@ const PAGE: &[(&str, Verdict)] = &[
         "Each migration declares itsmigration_id,migration_type,criticality,affects_enrollments, and adescriptionstring",
         Proven(&["the list of a halted deploy"]),
     ),
-    ("that shows up verbatim in the dashboard.", Owed(DASHBOARD)),
+    ("that shows up verbatim in the dashboard.", Proven(&["the dashboard lists it"])),
     (
         "- Boot detector — runs after Mastio identity bootstrap. Every registered migration’s check()runs; pending rows insert withstatus='pending';",
         Proven(&["a row is inserted"]),
@@ -185,7 +184,10 @@ const PAGE: &[(&str, Verdict)] = &[
         Proven(&["the alert"]),
     ),
     ("Dashboard + admin API", Title),
-    ("The dashboard exposes the pending list at https://mastio.example.com/proxy/updates", Owed(DASHBOARD)),
+    (
+        "The dashboard exposes the pending list at https://mastio.example.com/proxy/updates",
+        Proven(&["the dashboard lists it"]),
+    ),
     ("— JSON list is available at /proxy/updates/api:", Proven(&["the list of a halted deploy"])),
     (SECRET, Proven(&["the commands of the page find the secret"])),
     (LIST, Proven(&["the list of a halted deploy"])),
@@ -255,7 +257,10 @@ const PAGE: &[(&str, Verdict)] = &[
     ),
     (
         "From the dashboard https://mastio.example.com/proxy/updates lists every registered migration with description, criticality badge, and two buttons (Apply / View rollback plan). Same outcome as the API call above.",
-        Owed(DASHBOARD),
+        Otherwise(
+            "Apply opens the plan, where it is confirmed",
+            &["the dashboard lists it", "applied from the dashboard"],
+        ),
     ),
     ("Roll back", Title),
     (
@@ -423,6 +428,20 @@ impl Walk {
     fn page(&self, command: &str) -> String {
         let line = format!("{SECRET}\n{VARIABLES}\n{command}");
         self.deploy.bash(&line.replace("localhost:9443", &format!("localhost:{}", self.deploy.port())), &[])
+    }
+
+    /// A page of the dashboard, or what it answers to a form, for an operator who signs in first.
+    fn dashboard(&self, path: &str, arguments: &[&str]) -> String {
+        let jar = self.deploy.folder().join("browser.jar");
+        let signed_in = jar.exists();
+        let jar = jar.to_str().unwrap();
+        if !signed_in {
+            let secret = format!("secret={ADMIN_SECRET}");
+            self.deploy.curl("/proxy/login", &["-c", jar, "--data-urlencode", &secret]);
+        }
+        let answer = self.deploy.curl(path, &[&["-b", jar][..], arguments].concat());
+        assert!(matches!(answer.status, 200 | 303), "{path}: {answer:?}");
+        answer.body
     }
 
     fn identity(&self, name: &str) -> PathBuf {
@@ -603,6 +622,23 @@ fn halted_deploy(walk: &mut Walk, old_root: &str, shared: &Path) {
     assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
     assert_like_the_example(&list[0], example, &["detected_at"]);
     walk.proven("the list of a halted deploy");
+
+    let page = walk.dashboard("/proxy/updates", &[]);
+    let description = list[0]["description"].as_str().unwrap().replace('\'', "&#39;");
+    for part in [description.as_str(), ">critical<", ">pending<", ">Apply</a>", ">View rollback plan</a>"] {
+        assert!(page.contains(part), "{part} in {page}");
+    }
+    for registered in
+        fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/updates/migrations")).unwrap()
+    {
+        let name = registered.unwrap().file_name().into_string().unwrap();
+        let Some(id) = name.strip_prefix('m').and_then(|name| name.strip_suffix(".rs")) else { continue };
+        if id.starts_with(|c: char| c.is_ascii_digit()) {
+            let id = id.replace('_', "-");
+            assert!(page.contains(&format!("href=\"/proxy/updates/{id}\"")), "{id} in {page}");
+        }
+    }
+    walk.proven("the dashboard lists it");
 
     signing_is_refused(walk);
     assert_eq!(walk.deploy.sql("SELECT COUNT(*) FROM migration_state_backups"), "0");
@@ -915,7 +951,13 @@ fn failed_apply(walk: &mut Walk) {
     let snapshot = "SELECT created_at, snapshot_json FROM migration_state_backups";
     let first = walk.deploy.sql(snapshot);
     walk.deploy.roll_back().expect(200);
-    walk.deploy.apply().expect(200);
+    let review = format!("/proxy/updates/{MIGRATION}/apply-review");
+    let plan = walk.dashboard(&review, &[]);
+    let (_, token) = plan.split_once("name=\"csrf_token\" value=\"").unwrap();
+    let token = format!("csrf_token={}", token.split('"').next().unwrap());
+    walk.dashboard(&review, &["-d", "confirm=yes", "-d", &token]);
+    wait_for("the apply from the dashboard", || (walk.row("status") == "applied").then_some(()));
+    walk.proven("applied from the dashboard");
     let second = walk.deploy.sql(snapshot);
     assert!(!first.is_empty() && !second.is_empty() && first != second);
     assert_eq!(walk.deploy.sql("SELECT COUNT(*) FROM migration_state_backups"), "1");
