@@ -42,14 +42,18 @@ use crate::store::adopt::{self, AdoptError};
 use crate::store::claims::{Claims, NotRedis};
 use crate::store::ephemeral;
 use crate::store::group::Journal;
+use crate::store::refusals::Refusals;
 use crate::store::{DatabaseUrl, Store, StoreError, schema};
-use crate::tokens::{self, Tokens};
+use crate::tokens::http::ProofLayer;
+use crate::tokens::{self, DpopNonces, Tokens};
 use crate::updates::{self, UpdateError, Updates};
 
 /// How often the epoch in the database is looked at: how late an operator's SQL is seen at most.
 const EPOCH_POLL: Duration = Duration::from_millis(250);
 /// How often expired identifiers are forgotten.
 const FORGET_PERIOD: Duration = Duration::from_secs(60);
+/// How often the refusals that have no event each are looked at.
+const SUMMARISE_PERIOD: Duration = Duration::from_secs(10);
 /// How often SQLite's log is emptied into its file.
 const CHECKPOINT_PERIOD: Duration = Duration::from_secs(1);
 /// How often runs of dead replicas are looked for.
@@ -262,9 +266,11 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let (journal, journal_task) =
         Journal::start(pki.store.clone(), Box::new(move || failures.audit_append_failed()));
     let journal = journal.with_claims(claims.clone());
+    let refusals = Refusals::new(journal.clone());
     let agents = Arc::new(Agents::new(Arc::clone(&pki), RateLimit::per_minute(config.rate_limit_per_minute)));
     let all_together = Arc::new(RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)));
-    let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone()));
+    let nonces = Arc::new(DpopNonces::open(&pki).await?);
+    let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone(), nonces, config.dpop_nonce));
     let hosts = names.dns.iter().cloned().chain(names.ips.iter().map(IpAddr::to_string)).collect();
     let urls = ExternalUrls::new(config.public_url.clone(), hosts);
     let stopping = Arc::new(AtomicBool::new(false));
@@ -275,7 +281,11 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         upstream: gateway::Upstream::new(&config.internal_host_allowlist, secrets)?,
         org_id: pki.authority().org_id.clone(),
         entropy: Arc::clone(&pki.entropy),
-        authenticate: Arc::new(gateway::TokenCallers::new(Arc::clone(&tokens), urls.clone())),
+        authenticate: Arc::new(gateway::TokenCallers::new(
+            Arc::clone(&tokens),
+            urls.clone(),
+            refusals.clone(),
+        )),
     });
 
     let listener = server::bind(config.listen)
@@ -297,16 +307,24 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     };
     let secret = AdminSecret::new(config.admin_secret.clone());
     let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone(), settings));
+    let proofs = ProofLayer {
+        tokens: Arc::clone(&tokens),
+        urls: urls.clone(),
+        egress: config.egress_dpop,
+        refusals: refusals.clone(),
+    };
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
         .merge(enrollment::http::routes(Arc::clone(&agents)))
-        .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics)))
+        .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics), refusals.clone()))
         .merge(gateway::routes(gateway))
         .merge(updates::http::routes(Arc::clone(&updates)))
         .merge(crate::audit::http::routes(pki.store.clone()))
         .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
+        .layer(middleware::from_fn_with_state(proofs.clone(), tokens::http::prove_persistent_key))
+        .layer(middleware::from_fn_with_state(proofs, tokens::http::offer_nonce))
         .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
@@ -322,10 +340,23 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         entropy: Arc::clone(&pki.entropy),
     };
     let mut jobs = jobs(&pki, &updates, &tls, &agents);
+    jobs.push(summarise(refusals, Arc::clone(&pki)));
     jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
     Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, deploy })
+}
+
+/// Writes the refusals that were only counted, when their minute is over.
+fn summarise(refusals: Refusals, pki: Arc<Pki>) -> JoinHandle<()> {
+    let mut ticks = tokio::time::interval(SUMMARISE_PERIOD);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    tokio::spawn(async move {
+        loop {
+            ticks.tick().await;
+            refusals.summarise(pki.clock.now().seconds()).await;
+        }
+    })
 }
 
 /// Timed work. Each job that fails says so and tries again at its next turn.

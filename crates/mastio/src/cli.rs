@@ -7,6 +7,7 @@
 mod fleet;
 mod local;
 pub(crate) mod remote;
+mod resource_servers;
 mod table;
 
 use std::error::Error as StdError;
@@ -30,6 +31,7 @@ use crate::store::DatabaseUrl;
 pub(crate) use crate::updates::Direction;
 use crate::updates::order;
 use remote::Remote;
+use resource_servers::ResourceServersCommand;
 
 /// Between two lines about a run where there is no terminal to draw a bar on.
 const PROGRESS_LINE_PERIOD: Duration = Duration::from_secs(1);
@@ -85,6 +87,9 @@ enum Command {
     /// Work with certificates.
     #[command(subcommand)]
     Pki(PkiCommand),
+    /// Give services beside this one a credential to ask about access tokens with.
+    #[command(subcommand)]
+    ResourceServers(ResourceServersCommand),
     /// Look at a predecessor's database without changing it.
     Adopt {
         /// Say whether it can be adopted and what would happen. The only mode: adoption itself is `serve`'s.
@@ -351,6 +356,7 @@ async fn execute(command: Command) -> Result<(), Failure> {
                 issued["cert_pem"].as_str().unwrap_or_default().trim_end().to_owned()
             })
         }
+        Command::ResourceServers(command) => resource_servers::run(command).await,
         Command::Adopt { check: _, target } => match way(&target)? {
             Way::Server(_) => {
                 Err(Failure::Refused("a server runs on this database: it is adopted already".to_owned()))

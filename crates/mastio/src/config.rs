@@ -63,6 +63,10 @@ pub struct Config {
     pub rate_limit_per_minute: u32,
     /// `MCP_PROXY_GLOBAL_RATE_LIMIT_RPS`; none by default.
     pub global_rate_limit_rps: Option<u32>,
+    /// `MCP_PROXY_DPOP_NONCE`: whether proofs at the token endpoint and the gateway need a nonce of ours.
+    pub dpop_nonce: bool,
+    /// `CULLIS_EGRESS_DPOP_MODE`: whether agents prove their persistent DPoP key beside their certificate.
+    pub egress_dpop: EgressDpop,
     /// `MCP_PROXY_TLS_CERT` and `MCP_PROXY_TLS_KEY`: a server certificate of the operator's own.
     pub tls_files: Option<(PathBuf, PathBuf)>,
     /// `MCP_PROXY_TRUSTED_FRONT`: whose word on a client certificate is taken; nobody's by default.
@@ -121,6 +125,8 @@ const STRICT_PKI: &str = "MCP_PROXY_STRICT_PKI";
 const INTERNAL_HOST_ALLOWLIST: &str = "MCP_PROXY_INTERNAL_HOST_ALLOWLIST";
 const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
+const DPOP_NONCE: &str = "MCP_PROXY_DPOP_NONCE";
+const EGRESS_DPOP_MODE: &str = "CULLIS_EGRESS_DPOP_MODE";
 const TLS_CERT: &str = "MCP_PROXY_TLS_CERT";
 const TLS_KEY: &str = "MCP_PROXY_TLS_KEY";
 const TRUSTED_FRONT: &str = "MCP_PROXY_TRUSTED_FRONT";
@@ -147,8 +153,30 @@ const fn secret(setting: Setting) -> Setting {
     Setting { secret: true, ..setting }
 }
 
+/// Whether agents prove their persistent DPoP key beside their certificate (wire contract §6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EgressDpop {
+    /// The certificate is enough, and a proof is not looked at.
+    Off,
+    /// A proof that is there must be good.
+    Optional,
+    /// There must be one, by the key that is registered.
+    Required,
+}
+
+impl EgressDpop {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "off" => Some(Self::Off),
+            "optional" => Some(Self::Optional),
+            "required" => Some(Self::Required),
+            _ => None,
+        }
+    }
+}
+
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 19] = [
+pub const SETTINGS: [Setting; 21] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -222,6 +250,24 @@ pub const SETTINGS: [Setting; 19] = [
             "Requests a second over all callers; 0 is no limit, bounded queues shed the load",
         ),
         "0",
+    ),
+    with_default(
+        setting(
+            DPOP_NONCE,
+            "dpop-nonce",
+            "BOOL",
+            "Demand a nonce of the server's in DPoP proofs at the token endpoint and the gateway",
+        ),
+        "false",
+    ),
+    with_default(
+        setting(
+            EGRESS_DPOP_MODE,
+            "egress-dpop-mode",
+            "MODE",
+            "Persistent DPoP keys beside client certificates on /v1/egress: off, optional or required",
+        ),
+        "optional",
     ),
     setting(
         TLS_CERT,
@@ -672,6 +718,8 @@ impl Values {
             global_rate_limit_rps: self
                 .read(GLOBAL_RATE_LIMIT_RPS, "a whole number", |text| text.parse().ok())
                 .map(|limit| Some(limit).filter(|limit| *limit > 0))?,
+            dpop_nonce: self.read(DPOP_NONCE, "true or false", truth)?,
+            egress_dpop: self.read(EGRESS_DPOP_MODE, "off, optional or required", EgressDpop::parse)?,
             tls_files: self.tls_files()?,
             trusted_front: self.read(
                 TRUSTED_FRONT,
@@ -932,6 +980,8 @@ mod tests {
             (RATE_LIMIT_PER_MINUTE, "-1", "a whole number"),
             (RATE_LIMIT_PER_MINUTE, "1.5", "a whole number"),
             (GLOBAL_RATE_LIMIT_RPS, "many", "a whole number"),
+            (DPOP_NONCE, "maybe", "true or false"),
+            (EGRESS_DPOP_MODE, "bound", "off, optional or required"),
             (TRUSTED_FRONT, "nginx", "CIDR blocks"),
             (TRUSTED_FRONT, "0.0.0.0/0", "CIDR blocks"),
             (TRUSTED_FRONT, "10.0.0.5/8", "CIDR blocks"),

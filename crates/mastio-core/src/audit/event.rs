@@ -49,6 +49,18 @@ macro_rules! event_types {
 event_types! {
     /// An access token was issued to an agent.
     TokenIssued = "auth.token_issued",
+    /// A client assertion was signed with the agent's key that we hold.
+    AssertionSigned = "auth.assertion_signed",
+    /// An access token was revoked by the agent that it was issued to.
+    TokenRevoked = "auth.token_revoked",
+    /// Somebody was refused for what it presented.
+    Refused = "auth.refused",
+    /// So many more were refused, for the same reason, than have an event each.
+    RefusalsSummarised = "auth.refusals_summarised",
+    /// A resource server was given a credential to ask about access tokens with.
+    ResourceServerCreated = "auth.resource_server_created",
+    /// A resource server's credential was withdrawn.
+    ResourceServerDeleted = "auth.resource_server_deleted",
     /// A framework update was detected as needed.
     UpdateDetected = "admin.update_detected",
     /// The rows an update would change were written to a snapshot.
@@ -107,6 +119,8 @@ event_types! {
     McpToolCalled = "mcp.tool_called",
     /// A key to sign access tokens with was made.
     PkiTokenKeyCreated = "pki.token_key_created",
+    /// The secret that DPoP nonces are made with was made.
+    PkiDpopNonceKeyCreated = "pki.dpop_nonce_key_created",
     /// A certificate was issued.
     PkiCertificateIssued = "pki.certificate_issued",
     /// A certificate for our own TLS listener was issued.

@@ -3,14 +3,17 @@
 //! Order of events: parse, look at the chain and the claimed subject, validate the path to the leaf (in
 //! [`crate::x509`]), and only then verify with the leaf's key. The chain in the header is a bag of
 //! certificates the client happened to have; what counts is the first one.
+//!
+//! Two profiles: the SDK's ([`UnverifiedAssertion::parse`], chain required, a fixed audience), and that of ordinary OAuth
+//! clients ([`UnverifiedAssertion::parse_standard`], RFC 7523), which send no chain and name our URL.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{
     ClaimFault, JTI_CHARACTERS_MAX, LEEWAY_S,
     jwk::{JwkError, PublicJwk},
-    jws::{JwsAlgorithm, JwsError, UnverifiedJws},
+    jws::{JwsAlgorithm, JwsError, UnverifiedJws, signing_input},
     text_claim, time_claim,
 };
 use crate::time::UnixTime;
@@ -19,6 +22,8 @@ use crate::time::UnixTime;
 pub const ASSERTION_AUDIENCE: &str = "agent-trust-broker";
 /// Seconds from `iat` to `exp`, at most.
 pub const ASSERTION_LIFETIME_S_MAX: i64 = 300;
+/// Seconds that a standard assertion may still live, at most: what common clients ask for.
+pub const STANDARD_ASSERTION_LIFETIME_S_MAX: i64 = 3600;
 /// Certificates in `x5c`, at most.
 pub const ASSERTION_CERTIFICATES_MAX: usize = 6;
 /// Bytes of an assertion, at most. Six certificates, encoded twice, do not fit in a common JWS.
@@ -50,7 +55,7 @@ pub enum AssertionError {
     #[error("client assertion claim {0} is malformed")]
     MalformedClaim(&'static str),
     /// `aud` does not name us.
-    #[error("client assertion audience is not agent-trust-broker")]
+    #[error("client assertion is for another audience")]
     Audience,
     /// `iss` is not `sub`.
     #[error("client assertion issuer is not its subject")]
@@ -71,11 +76,13 @@ pub enum AssertionError {
         /// The time of the request, in Unix seconds.
         now: i64,
     },
-    /// `exp` is more than 300 seconds after `iat`, or not after it at all. HTTP 400 at `sign-challenged-assertion`.
-    #[error("client assertion lifetime of {lifetime_s} s is outside 1 to 300 s")]
+    /// `exp` is too long after `iat`, or not after it at all. HTTP 400 at `sign-challenged-assertion`.
+    #[error("client assertion lifetime of {lifetime_s} s is outside 1 to {lifetime_s_max} s")]
     Lifetime {
         /// `exp − iat`.
         lifetime_s: i64,
+        /// What is accepted.
+        lifetime_s_max: i64,
     },
 }
 
@@ -116,6 +123,27 @@ pub struct Assertion {
     pub expires_at: UnixTime,
 }
 
+/// The signing input of an assertion that we make for an agent whose key we hold (wire §4.4): without a nonce.
+///
+/// Shape: `chain_der` is the leaf first; sign the ASCII bytes with the leaf's key and pass both to
+/// [`super::jws::assemble`]. `rsa` says that this key is RSA.
+#[must_use]
+pub fn to_unsigned(chain_der: &[&[u8]], rsa: bool, subject: &str, jwt_id: &str, now: UnixTime) -> String {
+    let algorithm = if rsa { JwsAlgorithm::Rs256 } else { JwsAlgorithm::Es256 };
+    let chain: Vec<String> = chain_der.iter().map(|der| STANDARD.encode(der)).collect();
+    signing_input(
+        &json!({"alg": algorithm.as_str(), "typ": "JWT", "x5c": chain}),
+        &json!({
+            "sub": subject,
+            "iss": subject,
+            "aud": ASSERTION_AUDIENCE,
+            "iat": now.0,
+            "exp": now.plus(ASSERTION_LIFETIME_S_MAX).0,
+            "jti": jwt_id,
+        }),
+    )
+}
+
 /// A client assertion, parsed and not yet verified.
 #[derive(Debug, Clone)]
 pub struct UnverifiedAssertion {
@@ -133,12 +161,32 @@ impl UnverifiedAssertion {
     /// Source: RFC 7523 §3, RFC 7515 §4.1.6.
     pub fn parse(text: &str) -> Result<Self, AssertionError> {
         let jws = UnverifiedJws::parse_bounded(text, ASSERTION_BYTES_MAX)?;
-        let header = jws.unverified_header();
-        if !header.get("typ").and_then(Value::as_str).is_some_and(|typ| typ.eq_ignore_ascii_case("JWT")) {
+        if !jws.unverified_header().contains_key("x5c") {
+            return Err(if typ(&jws, &["JWT"]) { AssertionError::Chain } else { AssertionError::Type });
+        }
+        Self::read(jws, &["JWT"])
+    }
+
+    /// Parses an assertion of an ordinary OAuth client.
+    ///
+    /// Shape: `typ` may be absent, `JWT` or `client-authentication+jwt`; `x5c` may be absent, and
+    /// [`UnverifiedAssertion::chain_der`] is empty then: the key is the registered one.
+    /// Errors: as for [`UnverifiedAssertion::parse`].
+    /// Source: RFC 7523 §3; `private_key_jwt` of OpenID Connect Core §9.
+    pub fn parse_standard(text: &str) -> Result<Self, AssertionError> {
+        let jws = UnverifiedJws::parse_bounded(text, ASSERTION_BYTES_MAX)?;
+        Self::read(jws, &["", "JWT", "client-authentication+jwt"])
+    }
+
+    fn read(jws: UnverifiedJws, types: &[&str]) -> Result<Self, AssertionError> {
+        if !typ(&jws, types) {
             return Err(AssertionError::Type);
         }
-        let chain_der = header.get("x5c").and_then(Value::as_array).ok_or(AssertionError::Chain)?;
-        if chain_der.is_empty() || chain_der.len() > ASSERTION_CERTIFICATES_MAX {
+        let chain_der: &[Value] = match jws.unverified_header().get("x5c") {
+            None => &[],
+            Some(chain) => chain.as_array().filter(|chain| !chain.is_empty()).ok_or(AssertionError::Chain)?,
+        };
+        if chain_der.len() > ASSERTION_CERTIFICATES_MAX {
             return Err(AssertionError::Chain);
         }
         let chain_der = chain_der
@@ -175,10 +223,47 @@ impl UnverifiedAssertion {
         let key = PublicJwk::from_spki_der(leaf_spki_der).map_err(AssertionError::LeafKey)?;
         let algorithm = if key.is_p256() { JwsAlgorithm::Es256 } else { JwsAlgorithm::Rs256 };
         self.jws.verify(&key, &[algorithm])?;
+        let issued_at = instant(&self.claims, "iat");
+        self.judge(issued_at, &[ASSERTION_AUDIENCE], ASSERTION_LIFETIME_S_MAX, now)
+    }
 
+    /// Verifies an assertion of an ordinary OAuth client under the leaf's key.
+    ///
+    /// Shape: as for [`UnverifiedAssertion::verify`], with these differences: an RSA key may sign PS256 as well; `aud`
+    /// names one of `audiences`; `iss` is required; `iat` may be absent and is `now` then.
+    /// Errors: any of [`AssertionError`].
+    /// Source: RFC 7523 §3.
+    pub fn verify_standard(
+        &self,
+        leaf_spki_der: &[u8],
+        audiences: &[&str],
+        now: UnixTime,
+    ) -> Result<Assertion, AssertionError> {
+        let key = PublicJwk::from_spki_der(leaf_spki_der).map_err(AssertionError::LeafKey)?;
+        let algorithms: &[JwsAlgorithm] =
+            if key.is_p256() { &[JwsAlgorithm::Es256] } else { &[JwsAlgorithm::Rs256, JwsAlgorithm::Ps256] };
+        self.jws.verify(&key, algorithms)?;
+        if !self.claims.contains_key("iss") {
+            return Err(AssertionError::MissingClaim("iss"));
+        }
+        let issued_at = match instant(&self.claims, "iat") {
+            Err(AssertionError::MissingClaim(_)) => Ok(now),
+            other => other,
+        };
+        self.judge(issued_at, audiences, STANDARD_ASSERTION_LIFETIME_S_MAX, now)
+    }
+
+    /// What both profiles ask of the claims, once the signature has verified.
+    fn judge(
+        &self,
+        issued_at: Result<UnixTime, AssertionError>,
+        audiences: &[&str],
+        lifetime_s_max: i64,
+        now: UnixTime,
+    ) -> Result<Assertion, AssertionError> {
         let claims = &self.claims;
         let expires_at = instant(claims, "exp")?;
-        let issued_at = instant(claims, "iat")?;
+        let issued_at = issued_at?;
         let not_before = if claims.contains_key("nbf") { instant(claims, "nbf")? } else { issued_at };
         if now >= expires_at.plus(LEEWAY_S) {
             return Err(AssertionError::Expired { expires_at: expires_at.0, now: now.0 });
@@ -188,8 +273,9 @@ impl UnverifiedAssertion {
             return Err(AssertionError::NotYetValid { from: from.0, now: now.0 });
         }
         match claims.get("aud").ok_or(AssertionError::MissingClaim("aud"))? {
-            Value::String(audience) if audience == ASSERTION_AUDIENCE => {}
-            Value::Array(audiences) if audiences.iter().any(|audience| audience == ASSERTION_AUDIENCE) => {}
+            Value::String(audience) if audiences.contains(&audience.as_str()) => {}
+            Value::Array(named)
+                if named.iter().filter_map(Value::as_str).any(|audience| audiences.contains(&audience)) => {}
             _ => return Err(AssertionError::Audience),
         }
         if claims.get("iss").is_some_and(|oauth_issuer| oauth_issuer.as_str() != Some(&self.subject)) {
@@ -202,10 +288,21 @@ impl UnverifiedAssertion {
         };
         // Last, because it answers 400 where the others answer 401.
         let lifetime_s = expires_at.since(issued_at);
-        if !(1..=ASSERTION_LIFETIME_S_MAX).contains(&lifetime_s) {
-            return Err(AssertionError::Lifetime { lifetime_s });
+        if !(1..=lifetime_s_max).contains(&lifetime_s) {
+            return Err(AssertionError::Lifetime { lifetime_s, lifetime_s_max });
         }
         Ok(Assertion { subject: self.subject.clone(), jwt_id, nonce, issued_at, expires_at })
+    }
+}
+
+/// Whether `typ` is one of these, in any case; the empty text stands for none.
+fn typ(jws: &UnverifiedJws, types: &[&str]) -> bool {
+    match jws.unverified_header().get("typ") {
+        None => types.contains(&""),
+        Some(Value::String(typ)) => {
+            !typ.is_empty() && types.iter().any(|wanted| typ.eq_ignore_ascii_case(wanted))
+        }
+        Some(_) => false,
     }
 }
 
@@ -233,7 +330,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
     use crate::token::test_keys::{EC, RSA, TestKey, with};
@@ -366,12 +462,67 @@ mod tests {
             [(-1, false), (0, false), (1, true), (299, true), (300, true), (301, false)]
         {
             let text = EC.sign(&header(), &with(&claims(), &json!({"exp": NOW.0 + lifetime_s})));
-            let error = (!accepted).then_some(AssertionError::Lifetime { lifetime_s });
+            let error = (!accepted).then_some(AssertionError::Lifetime { lifetime_s, lifetime_s_max: 300 });
             assert_eq!(verify_at(&text, &EC, NOW).err(), error, "lifetime {lifetime_s}");
         }
         for (not_before, accepted) in [(30, true), (31, false)] {
             let text = EC.sign(&header(), &with(&claims(), &json!({"nbf": NOW.0 + not_before})));
             assert_eq!(verify_at(&text, &EC, NOW).is_ok(), accepted, "nbf {not_before:+}");
+        }
+    }
+
+    #[test]
+    fn an_assertion_that_we_make_is_one_that_we_accept() {
+        let unsigned = to_unsigned(&[&[1, 2, 3], &[4, 5, 6]], false, "acme::a", "7c2e", NOW);
+        let text = EC.sign_input(&unsigned, false);
+        assert_eq!(UnverifiedAssertion::parse(&text).unwrap().chain_der(), [vec![1, 2, 3], vec![4, 5, 6]]);
+        let assertion = verify_at(&text, &EC, NOW).unwrap();
+        assert_eq!((assertion.subject.as_str(), assertion.nonce), ("acme::a", None));
+    }
+
+    #[test]
+    fn an_ordinary_client_s_assertion_needs_no_chain_and_names_our_url() {
+        let ours = ["https://mastio.example.com", "https://mastio.example.com/v1/auth/token"];
+        let verify = |key: &TestKey, text: &str| {
+            UnverifiedAssertion::parse_standard(text)?.verify_standard(&key.spki_der(), &ours, NOW)
+        };
+        let claims = with(&claims(), &json!({"aud": ours[0], "nonce": "<absent>", "exp": NOW.0 + 3600}));
+        for (key, header) in [
+            (&*EC, json!({"alg": "ES256"})),
+            (&*EC, json!({"alg": "ES256", "typ": "client-authentication+jwt", "kid": "k"})),
+            (&*RSA, json!({"alg": "RS256", "typ": "jwt"})),
+            (&*RSA, json!({"alg": "PS256"})),
+        ] {
+            let assertion = verify(key, &key.sign(&header, &claims)).unwrap();
+            assert_eq!((assertion.subject.as_str(), assertion.issued_at), ("acme::a", NOW));
+        }
+        for changes in [json!({"aud": ["other", ours[1]]}), json!({"iat": "<absent>"})] {
+            let text = EC.sign(&json!({"alg": "ES256"}), &with(&claims, &changes));
+            assert!(verify(&EC, &text).is_ok(), "{changes}");
+        }
+        for (changes, error) in [
+            (json!({"aud": "https://other.example.com"}), AssertionError::Audience),
+            (json!({"aud": "https://mastio.example.com/"}), AssertionError::Audience),
+            (json!({"iss": "<absent>"}), AssertionError::MissingClaim("iss")),
+            (json!({"iss": "acme::b"}), AssertionError::Issuer),
+            (
+                json!({"iat": "<absent>", "exp": NOW.0 + 3601}),
+                AssertionError::Lifetime { lifetime_s: 3601, lifetime_s_max: 3600 },
+            ),
+            (json!({"jti": "<absent>"}), AssertionError::MissingClaim("jti")),
+        ] {
+            let text = EC.sign(&json!({"alg": "ES256"}), &with(&claims, &changes));
+            assert_eq!(verify(&EC, &text), Err(error), "{changes}");
+        }
+        for (header, error) in [
+            (json!({"alg": "ES256", "typ": "dpop+jwt"}), AssertionError::Type),
+            (json!({"alg": "ES256", "typ": "at+jwt"}), AssertionError::Type),
+            (json!({"alg": "ES256", "typ": ""}), AssertionError::Type),
+            (json!({"alg": "ES256", "x5c": []}), AssertionError::Chain),
+            (json!({"alg": "none"}), AssertionError::Jws(JwsError::Algorithm)),
+        ] {
+            let text = EC.sign(&header, &claims);
+            assert_eq!(verify(&EC, &text), Err(error), "{header}");
         }
     }
 

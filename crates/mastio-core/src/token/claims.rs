@@ -1,7 +1,7 @@
-//! The access token: what we sign for an agent, bound to its DPoP key (wire §4.6, §4.7).
+//! The access token: what we sign for an agent, bound to a key of its own (wire §4.6, §4.7).
 //!
-//! It names who, until when, and which DPoP key must accompany it. What the agent may do is not in it:
-//! that is read from the agent's row at each request.
+//! It names who, for whom, until when, and which DPoP key or which client certificate must accompany it. What the
+//! agent may do is not in it: that is read from the agent's row at each request.
 
 use serde_json::{Map, Value, json};
 
@@ -15,12 +15,14 @@ use super::{
 };
 use crate::time::UnixTime;
 
-/// The audience of every access token: this Mastio's own resources.
+/// The audience of a token for this Mastio's own resources.
 pub const ACCESS_TOKEN_AUDIENCE: &str = "cullis-local";
 /// The scope of every access token.
 pub const ACCESS_TOKEN_SCOPE: &str = "local";
 /// Seconds from `iat` to `exp`, at most, whatever is configured.
 pub const ACCESS_TOKEN_LIFETIME_S_MAX: i64 = 3600;
+/// Characters of an audience, at most: a resource is a URL.
+pub const AUDIENCE_CHARACTERS_MAX: usize = 2048;
 /// Characters of a `kid`, at most.
 pub const KID_CHARACTERS_MAX: usize = 128;
 
@@ -45,8 +47,8 @@ pub enum TokenError {
     /// `iss` is not this Mastio.
     #[error("access token is by another issuer")]
     Issuer,
-    /// `aud` is not `cullis-local`.
-    #[error("access token audience is not cullis-local")]
+    /// `aud` is another resource than the one it was shown to.
+    #[error("access token is for another audience")]
     Audience,
     /// `scope` is not `local`.
     #[error("access token scope is not local")]
@@ -95,12 +97,65 @@ impl TokenError {
     }
 }
 
+/// What a token is bound to. There is no other kind, and no token without one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Confirmation {
+    /// `cnf.jkt`: the thumbprint of the DPoP key, 43 characters (RFC 9449 §6.1).
+    DpopKey(String),
+    /// `cnf.x5t#S256`: the SHA-256 of the client certificate's DER, 43 characters (RFC 8705 §3.1).
+    Certificate(String),
+}
+
+impl Confirmation {
+    /// The claim `cnf`.
+    #[must_use]
+    pub fn to_value(&self) -> Value {
+        match self {
+            Self::DpopKey(thumbprint) => json!({ "jkt": thumbprint }),
+            Self::Certificate(thumbprint) => json!({ "x5t#S256": thumbprint }),
+        }
+    }
+
+    /// The authentication scheme under which such a token is shown.
+    #[must_use]
+    pub fn token_type(&self) -> &'static str {
+        match self {
+            Self::DpopKey(_) => "DPoP",
+            Self::Certificate(_) => "Bearer",
+        }
+    }
+
+    /// Reads `cnf`. Exactly one member of the two, so that no two readers see two bindings.
+    fn from_claims(claims: &Map<String, Value>) -> Result<Self, TokenError> {
+        let malformed = TokenError::MalformedClaim("cnf");
+        let cnf = claims.get("cnf").ok_or(TokenError::MissingClaim("cnf"))?;
+        let (thumbprint, kind): (_, fn(String) -> Self) = match (cnf.get("jkt"), cnf.get("x5t#S256")) {
+            (Some(thumbprint), None) => (thumbprint, Self::DpopKey),
+            (None, Some(thumbprint)) => (thumbprint, Self::Certificate),
+            _ => return Err(malformed),
+        };
+        let thumbprint = thumbprint
+            .as_str()
+            .filter(|text| from_base64url(text).is_some_and(|digest| digest.len() == 32))
+            .ok_or(malformed)?;
+        Ok(kind(thumbprint.to_owned()))
+    }
+}
+
+/// The thumbprint of a certificate, as `x5t#S256` writes it.
+///
+/// Source: RFC 8705 §3.1.
+#[must_use]
+pub fn certificate_thumbprint(der: &[u8]) -> String {
+    sha256_base64url(der)
+}
+
 /// What an access token says. All of it is required.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessTokenClaims {
     /// The claim `iss`: `cullis-mastio:<org>`.
     pub issuer: String,
-    /// The claim `aud`: [`ACCESS_TOKEN_AUDIENCE`].
+    /// The claim `aud`: [`ACCESS_TOKEN_AUDIENCE`], or the one resource that was asked for (RFC 8707).
     pub audience: String,
     /// The claim `sub`: the agent, `<org>::<name>`.
     pub subject: String,
@@ -112,8 +167,8 @@ pub struct AccessTokenClaims {
     pub expires_at: UnixTime,
     /// The claim `jti`, 1 to 128 characters.
     pub jwt_id: String,
-    /// The claim `cnf.jkt`: the thumbprint of the DPoP key (RFC 9449 §6.1), 43 characters.
-    pub jkt: String,
+    /// The claim `cnf`: what must accompany the token.
+    pub confirmation: Confirmation,
     /// The claim `principal_type`: `agent` or `workload`.
     pub principal_type: String,
     /// The claim `org`.
@@ -137,7 +192,7 @@ impl AccessTokenClaims {
                 "iat": self.issued_at.0,
                 "exp": self.expires_at.0,
                 "jti": self.jwt_id,
-                "cnf": {"jkt": self.jkt},
+                "cnf": self.confirmation.to_value(),
                 "principal_type": self.principal_type,
                 "org": self.org,
             }),
@@ -175,11 +230,12 @@ impl UnverifiedAccessToken {
 
     /// Verifies the token under our key.
     ///
-    /// Shape: ES256 only; every claim of [`AccessTokenClaims`] is required; `iss`, `aud` and `scope` are
-    /// compared exactly, and `aud` is no array.
+    /// Shape: ES256 only; every claim of [`AccessTokenClaims`] is required; `iss` and `scope` are compared exactly, and
+    /// `aud` is one text, no array.
     /// Units: whole seconds; [`LEEWAY_S`] applies to both sides of every time.
     /// Errors: any of [`TokenError`].
-    /// Not here: whether the key may still be used, whether the agent is active, and the DPoP proof.
+    /// Not here: whether the key may still be used, whether `aud` is who asks, whether the agent is active and the token
+    /// not revoked, and whether what it is bound to accompanies it.
     /// Source: RFC 7519 §7.2, RFC 9449 §7.
     pub fn verify(
         &self,
@@ -194,10 +250,7 @@ impl UnverifiedAccessToken {
         if issuer != expected_issuer {
             return Err(TokenError::Issuer);
         }
-        let audience = text("aud")?;
-        if audience != ACCESS_TOKEN_AUDIENCE {
-            return Err(TokenError::Audience);
-        }
+        let audience = text_claim(&claims, "aud", AUDIENCE_CHARACTERS_MAX).map_err(named("aud"))?;
         let scope = text("scope")?;
         if scope != ACCESS_TOKEN_SCOPE {
             return Err(TokenError::Scope);
@@ -222,7 +275,7 @@ impl UnverifiedAccessToken {
             issued_at,
             expires_at,
             jwt_id: text_claim(&claims, "jti", JTI_CHARACTERS_MAX).map_err(named("jti"))?,
-            jkt: confirmation(&claims)?,
+            confirmation: Confirmation::from_claims(&claims)?,
             principal_type: text("principal_type")?,
             org: text("org")?,
         })
@@ -243,15 +296,6 @@ pub fn kid_for_public_key_pem(pem: &str) -> String {
 #[must_use]
 pub fn access_token_hash(token: &str) -> String {
     sha256_base64url(token.as_bytes())
-}
-
-fn confirmation(claims: &Map<String, Value>) -> Result<String, TokenError> {
-    let cnf = claims.get("cnf").ok_or(TokenError::MissingClaim("cnf"))?;
-    let jkt = cnf.get("jkt").and_then(Value::as_str).ok_or(TokenError::MalformedClaim("cnf"))?;
-    if from_base64url(jkt).is_none_or(|digest| digest.len() != 32) {
-        return Err(TokenError::MalformedClaim("cnf"));
-    }
-    Ok(jkt.to_owned())
 }
 
 fn named(name: &'static str) -> impl Fn(ClaimFault) -> TokenError {
@@ -282,7 +326,7 @@ mod tests {
             issued_at: NOW,
             expires_at: NOW.plus(900),
             jwt_id: "0f0f".to_owned(),
-            jkt: EC.public().thumbprint(),
+            confirmation: Confirmation::DpopKey(EC.public().thumbprint()),
             principal_type: "agent".to_owned(),
             org: "acme".to_owned(),
         }
@@ -316,6 +360,19 @@ mod tests {
     }
 
     #[test]
+    fn a_token_may_be_bound_to_a_certificate_and_meant_for_another_resource() {
+        let claims = AccessTokenClaims {
+            audience: "https://files.example.com/".to_owned(),
+            confirmation: Confirmation::Certificate(certificate_thumbprint(b"der")),
+            ..typed()
+        };
+        let token = EC.sign_input(&claims.to_unsigned("mastio-1"), false);
+        assert_eq!(verify_at(&token, NOW), Ok(claims.clone()));
+        assert_eq!(claims.confirmation.to_value()["x5t#S256"].as_str().unwrap().len(), 43);
+        assert_eq!((claims.confirmation.token_type(), typed().confirmation.token_type()), ("Bearer", "DPoP"));
+    }
+
+    #[test]
     fn a_token_without_any_one_claim_is_refused() {
         let (header, claims) = parts();
         for name in ["iss", "aud", "sub", "scope", "iat", "exp", "jti", "cnf", "principal_type", "org"] {
@@ -330,14 +387,24 @@ mod tests {
         let (header, claims) = parts();
         for (name, changes, error) in [
             ("other issuer", json!({"iss": "cullis-mastio:acm"}), TokenError::Issuer),
-            ("other audience", json!({"aud": "agent-trust-broker"}), TokenError::Audience),
+            ("audience empty", json!({"aud": ""}), MalformedClaim("aud")),
             ("audience in a list", json!({"aud": ["cullis-local"]}), MalformedClaim("aud")),
             ("other scope", json!({"scope": "local admin"}), TokenError::Scope),
             ("jti too long", json!({"jti": "j".repeat(129)}), MalformedClaim("jti")),
             ("iat a fraction", json!({"iat": 1.5}), MalformedClaim("iat")),
             ("not bound", json!({"cnf": {}}), MalformedClaim("cnf")),
             ("bound to nothing", json!({"cnf": {"jkt": ""}}), MalformedClaim("cnf")),
-            ("bound to padding", json!({"cnf": {"jkt": format!("{}=", typed().jkt)}}), MalformedClaim("cnf")),
+            (
+                "bound to padding",
+                json!({"cnf": {"jkt": format!("{}=", EC.public().thumbprint())}}),
+                MalformedClaim("cnf"),
+            ),
+            (
+                "bound twice",
+                json!({"cnf": {"jkt": EC.public().thumbprint(), "x5t#S256": EC.public().thumbprint()}}),
+                MalformedClaim("cnf"),
+            ),
+            ("bound to a short digest", json!({"cnf": {"x5t#S256": "AAAA"}}), MalformedClaim("cnf")),
             ("lifetime", json!({"exp": NOW.0 + 3601}), TokenError::Lifetime { lifetime_s: 3601 }),
         ] {
             let token = EC.sign(&header, &with(&claims, &changes));

@@ -19,6 +19,7 @@ use crate::http::error::chain;
 use crate::http::limits::RateLimit;
 use crate::pki::bootstrap;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
+use crate::tokens::resource_servers::{self, ResourceServer, created_json};
 use crate::updates::store::RunRow;
 use crate::updates::{Direction, doctor};
 
@@ -282,6 +283,31 @@ pub async fn reject(config: &Config, session_id: &str, reason: &str) -> Result<V
     let (_deploy, agents) = agents(config).await?;
     agents.reject(session_id, reason, ACTOR).await.map_err(refused)?;
     Ok(json!({ "status": "rejected" }))
+}
+
+/// The rows of `GET /v1/admin/resource-servers`.
+pub(super) async fn list_resource_servers(config: &Config) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let list = resource_servers::list(&deploy.pki).await.map_err(|error| Failure::of(&error))?;
+    Ok(Value::Array(list.iter().map(ResourceServer::to_json).collect()))
+}
+
+/// The answer of `POST /v1/admin/resource-servers`.
+pub(super) async fn add_resource_server(
+    config: &Config,
+    name: &str,
+    resource: &str,
+) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let added = resource_servers::add(&deploy.pki, name, resource, ACTOR).await;
+    let (server, secret) = added.map_err(|error| Failure::of(&error))?;
+    Ok(created_json(&server, &secret))
+}
+
+/// What `DELETE /v1/admin/resource-servers/{id}` does.
+pub(super) async fn remove_resource_server(config: &Config, id: &str) -> Result<(), Failure> {
+    let deploy = open(config).await?;
+    resource_servers::remove(&deploy.pki, id, ACTOR).await.map_err(|error| Failure::of(&error))
 }
 
 /// What `serve` would find in the database, which stays as it is.

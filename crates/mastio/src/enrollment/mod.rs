@@ -127,6 +127,11 @@ impl Agents {
         Ok(proven)
     }
 
+    /// The same without taking from the agent's allowance, for whoever takes it elsewhere.
+    pub async fn prove_connection(&self, context: &Context) -> Result<Arc<ProvenAgent>, IdentityError> {
+        self.prove(context.client_certificate.as_ref(), context.now.seconds()).await
+    }
+
     /// Takes one request from an agent's allowance. Errors: [`IdentityError::Limited`] when none is left.
     pub fn admit(&self, agent_id: &str, context: &Context) -> Result<(), IdentityError> {
         if self.limit.admit(agent_id, context.now) { Ok(()) } else { Err(IdentityError::Limited) }

@@ -1,42 +1,55 @@
-//! Callers of the gateway: agents whom an access token and its DPoP proof establish (wire contract §4.7).
+//! Callers of the gateway: agents whom an access token and what it is bound to establish (wire contract §4.7).
 
 use std::sync::Arc;
 
 use axum::http::request::Parts;
+use axum::http::{HeaderValue, header};
 use futures_util::future::BoxFuture;
 
 use super::{Authenticate, Caller};
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::urls::ExternalUrls;
-use crate::tokens::http::{access_token, proof};
+use crate::store::refusals::{Refusal, Refusals};
+use crate::tokens::http::{record, shown};
+use crate::tokens::metadata::{GATEWAY_PATH, challenge};
 use crate::tokens::{TokenEndpointError, Tokens};
 
 /// Judges callers by what the authorization server issued.
 pub struct TokenCallers {
     tokens: Arc<Tokens>,
     urls: ExternalUrls,
+    refusals: Refusals,
 }
 
 impl TokenCallers {
-    /// `urls`: by which a proof's `htu` may name us.
+    /// `urls`: by which a proof's `htu` may name us. Who is refused is recorded in `refusals`.
     #[must_use]
-    pub fn new(tokens: Arc<Tokens>, urls: ExternalUrls) -> Self {
-        Self { tokens, urls }
+    pub fn new(tokens: Arc<Tokens>, urls: ExternalUrls, refusals: Refusals) -> Self {
+        Self { tokens, urls, refusals }
     }
 
     async fn judge(&self, context: &Context, parts: &Parts) -> Result<Caller, TokenEndpointError> {
-        let token = access_token(&parts.headers)?;
-        let proof = proof(&parts.headers)?;
+        let shown = shown(&parts.headers)?;
         let urls = self.urls.of(&parts.headers, parts.uri.path());
-        let caller = self.tokens.caller(context, token, proof, parts.method.as_str(), &urls).await?;
+        let caller = self.tokens.caller(context, shown, parts.method.as_str(), &urls).await?;
         Ok(Caller {
             agent_id: caller.agent.agent_id.clone(),
             principal_type: caller.agent.principal_type.clone(),
             capabilities: caller.agent.capabilities.clone(),
             one_use: caller.one_use,
+            access_token: Some(caller.jwt_id),
             epoch: caller.epoch,
         })
+    }
+
+    /// A 401 with the challenge that leads an ordinary client to our metadata (RFC 9728 §5.1).
+    fn challenged(&self, parts: &Parts, error: ApiError, code: Option<&str>) -> ApiError {
+        let challenge = challenge(self.urls.base(&parts.headers).as_deref(), GATEWAY_PATH, code);
+        match HeaderValue::from_str(&challenge) {
+            Ok(challenge) => error.with_header(header::WWW_AUTHENTICATE, challenge),
+            Err(_) => error,
+        }
     }
 }
 
@@ -46,7 +59,41 @@ impl Authenticate for TokenCallers {
         context: &'a Context,
         parts: &'a Parts,
     ) -> BoxFuture<'a, Result<Caller, ApiError>> {
-        Box::pin(async move { Ok(self.judge(context, parts).await?) })
+        Box::pin(async move {
+            match self.judge(context, parts).await {
+                Ok(caller) => Ok(caller),
+                Err(error) => {
+                    record(&self.refusals, context, GATEWAY_PATH, &error).await;
+                    let code = error.resource_code();
+                    let error = ApiError::from(error);
+                    if error.kind() == mastio_core::error::Kind::Unauthenticated {
+                        return Err(self.challenged(parts, error, code));
+                    }
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    fn refused<'a>(
+        &'a self,
+        context: &'a Context,
+        parts: &'a Parts,
+        reason: &'static str,
+        error: ApiError,
+    ) -> BoxFuture<'a, ApiError> {
+        Box::pin(async move {
+            let refusal = Refusal {
+                route: GATEWAY_PATH,
+                reason,
+                request_id: &context.request_id,
+                address: context.source,
+                now: context.now.seconds(),
+            };
+            self.refusals.record(refusal).await;
+            let code = if reason == "replayed" { "invalid_dpop_proof" } else { "invalid_token" };
+            self.challenged(parts, error, Some(code))
+        })
     }
 
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>> {

@@ -36,6 +36,9 @@ pub enum GatewayError {
     /// A DPoP proof was used before.
     #[error("DPoP proof replay detected")]
     Replayed,
+    /// The access token is revoked.
+    #[error("invalid access token: it is revoked")]
+    Revoked,
 
     // The caller may not.
     /// There is no tool of this name.
@@ -119,6 +122,9 @@ impl GatewayError {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
+            Self::Replayed => "replayed",
+            Self::Revoked => "token_revoked",
+            Self::StandingChanged => "state_moved",
             Self::ArgumentsTooLarge { .. } => "arguments_too_large",
             Self::UnknownTool(_) => "unknown_tool",
             Self::NoBinding(_) => "no_binding",
@@ -133,6 +139,7 @@ impl From<AppendError> for GatewayError {
     fn from(error: AppendError) -> Self {
         match error {
             AppendError::Replayed => Self::Replayed,
+            AppendError::Revoked => Self::Revoked,
             AppendError::Stale => Self::StandingChanged,
             AppendError::Busy => Self::Busy,
             AppendError::Unguarded => Self::Unguarded,
@@ -145,7 +152,7 @@ impl Problem for GatewayError {
     fn kind(&self) -> Kind {
         match self {
             Self::Fields(_) | Self::ArgumentsTooLarge { .. } => Kind::Unprocessable,
-            Self::Replayed | Self::StandingChanged => Kind::Unauthenticated,
+            Self::Replayed | Self::Revoked | Self::StandingChanged => Kind::Unauthenticated,
             Self::NoBinding(_) | Self::MissingCapability(_) => Kind::Denied,
             Self::NameTaken(_) | Self::TooManyResources(_) | Self::AlreadyBound => Kind::Conflict,
             Self::UnknownTool(_) | Self::UnknownResource | Self::UnknownBinding => Kind::NotFound,

@@ -38,6 +38,7 @@ use std::time::Instant;
 use axum::http::request::Parts;
 use futures_util::future::BoxFuture;
 use mastio_core::audit::event::{Event, EventType};
+use mastio_core::error::Kind;
 use mastio_core::time::UnixTime;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
@@ -52,7 +53,7 @@ pub use upstream::{Secrets, Upstream, UpstreamError};
 
 use crate::entropy::Entropy;
 use crate::http::context::Context;
-use crate::http::error::{ApiError, chain};
+use crate::http::error::{ApiError, Problem as _, chain};
 use crate::store::Store;
 use crate::store::group::{Append, AppendError, Journal, OneUse};
 
@@ -76,8 +77,10 @@ pub struct Caller {
     pub principal_type: String,
     /// The capabilities in the agent's row now.
     pub capabilities: Vec<String>,
-    /// The proof's identifier, which this request uses up.
-    pub one_use: OneUse,
+    /// What this request uses up: the proof's identifier, where one was needed.
+    pub one_use: Vec<OneUse>,
+    /// `jti` of the access token.
+    pub access_token: Option<String>,
     /// The epoch at which all this was judged.
     pub epoch: i64,
 }
@@ -93,6 +96,18 @@ pub trait Authenticate: Send + Sync {
         context: &'a Context,
         parts: &'a Parts,
     ) -> BoxFuture<'a, Result<Caller, ApiError>>;
+
+    /// Told of a caller who was let in and refused by the commit: a proof that was used before, a revoked token, a
+    /// standing that changed. Gives the 401 to answer with.
+    fn refused<'a>(
+        &'a self,
+        _context: &'a Context,
+        _parts: &'a Parts,
+        _reason: &'static str,
+        error: ApiError,
+    ) -> BoxFuture<'a, ApiError> {
+        Box::pin(std::future::ready(error))
+    }
 
     /// Takes up the state that has moved since the last judgement. Called before the same request is judged again.
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>>;
@@ -160,8 +175,12 @@ async fn serve(
     let mut judged = 1;
     loop {
         let plan = gateway.plan(&context, &caller, &message).await?;
-        let append =
-            Append { events: plan.events, one_use: vec![caller.one_use.clone()], epoch: Some(caller.epoch) };
+        let append = Append {
+            events: plan.events,
+            one_use: caller.one_use.clone(),
+            access_token: caller.access_token.clone(),
+            epoch: Some(caller.epoch),
+        };
         match gateway.journal.append(append).await {
             Ok(_sequence) => {
                 return match plan.step {
@@ -174,7 +193,16 @@ async fn serve(
                 gateway.authenticate.refresh().await?;
                 caller = gateway.authenticate.caller(&context, &parts).await?;
             }
-            Err(error) => return Err(GatewayError::from(error).into()),
+            Err(error) => {
+                let error = GatewayError::from(error);
+                let (kind, reason) = (error.kind(), error.reason());
+                let error = ApiError::from(error);
+                return Err(if kind == Kind::Unauthenticated {
+                    gateway.authenticate.refused(&context, &parts, reason, error).await
+                } else {
+                    error
+                });
+            }
         }
     }
 }

@@ -144,10 +144,11 @@ impl Authenticate for FakeAuthenticate {
                 agent_id: agent_id.to_owned(),
                 principal_type: text("x-test-principal-type").unwrap_or("agent").to_owned(),
                 capabilities: self.capabilities.lock().unwrap().get(agent_id).cloned().unwrap_or_default(),
-                one_use: OneUse {
+                one_use: vec![OneUse {
                     id: format!("dpop:{agent_id}:{}", text("dpop").unwrap_or_default()),
                     expires_at: context.now.seconds().plus(300),
-                },
+                }],
+                access_token: None,
                 epoch: if stale { epoch - 1 } else { epoch },
             })
         })

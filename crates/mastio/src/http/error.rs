@@ -37,13 +37,28 @@ pub struct ApiError {
     kind: Kind,
     // Boxed: an error is the rare branch of every result that carries it.
     detail: Box<Value>,
-    header: Option<Box<(HeaderName, HeaderValue)>>,
+    // Empty for most, and then without an allocation.
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl ApiError {
     /// An error that is the caller's and needs no type of its own.
     pub fn new(kind: Kind, detail: impl Into<Value>) -> Self {
-        Self { kind, detail: Box::new(detail.into()), header: None }
+        Self { kind, detail: Box::new(detail.into()), headers: Vec::new() }
+    }
+
+    /// The same with a header, in place of one of that name.
+    #[must_use]
+    pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.retain(|(other, _)| *other != name);
+        self.headers.push((name, value));
+        self
+    }
+
+    /// Its class.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// What a person reads: the detail's text, or its `message`.
@@ -83,7 +98,7 @@ impl<E: Problem> From<E> for ApiError {
             }
             _ => error.detail(),
         };
-        Self { kind, detail: Box::new(detail), header: error.header().map(Box::new) }
+        Self { kind, detail: Box::new(detail), headers: error.header().into_iter().collect() }
     }
 }
 
@@ -101,8 +116,7 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Some(header) = self.header {
-            let (name, value) = *header;
+        for (name, value) in self.headers {
             headers.insert(name, value);
         }
         response

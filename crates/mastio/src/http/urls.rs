@@ -16,6 +16,13 @@ impl ExternalUrls {
         Self { public_url, hosts }
     }
 
+    /// The URL by which this caller knows us, without path: the configured one, else the request's own host where that is
+    /// ours. Nothing under any other host: what we say of ourselves must not be dictated by a header.
+    #[must_use]
+    pub fn base(&self, headers: &HeaderMap) -> Option<String> {
+        self.of(headers, "").into_iter().next()
+    }
+
     /// Every acceptable external URL of a request for `path`.
     ///
     /// The `Host` header is believed only where its host is one of ours: a proof made for another server's URL must
@@ -59,6 +66,18 @@ mod tests {
             ["https://mastio.example.com/v1/mcp", "https://localhost:9443/v1/mcp"]
         );
         assert_eq!(urls("[::1]:9443")[1], "https://[::1]:9443/v1/mcp");
+    }
+
+    #[test]
+    fn we_are_called_by_the_configured_url_or_by_a_host_of_ours() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HOST, "localhost:9443".parse().unwrap());
+        let configured = ExternalUrls::new(Some("https://mastio.example.com".to_owned()), Vec::new());
+        assert_eq!(configured.base(&headers).unwrap(), "https://mastio.example.com");
+        let ours = ExternalUrls::new(None, vec!["localhost".to_owned()]);
+        assert_eq!(ours.base(&headers).unwrap(), "https://localhost:9443");
+        headers.insert(header::HOST, "evil.example.com".parse().unwrap());
+        assert_eq!(ours.base(&headers), None);
     }
 
     #[test]

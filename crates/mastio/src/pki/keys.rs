@@ -311,6 +311,21 @@ impl PrivateKey {
         }
     }
 
+    /// Signs a client assertion for the agent whose key this is: ES256 or RS256.
+    pub fn sign_assertion(&self, permit: &impl Permit, message: &[u8]) -> Result<Vec<u8>, KeyError> {
+        match &self.kind {
+            KeyKind::P256 { .. } => self.sign_jws(permit, message),
+            // RSASSA-PKCS1-v1_5 with SHA-256 is the same in a certificate and in a JWS.
+            KeyKind::Rsa(_) => self.sign_asn1(message),
+        }
+    }
+
+    /// Whether this is an RSA key; otherwise it is a P-256 key.
+    #[must_use]
+    pub fn is_rsa(&self) -> bool {
+        matches!(self.kind, KeyKind::Rsa(_))
+    }
+
     /// Countersigns an assertion: ECDSA-SHA256 in ASN.1 (wire contract §4.2).
     pub fn countersign(&self, _permit: &impl Permit, message: &[u8]) -> Result<Vec<u8>, KeyError> {
         self.sign_asn1(message)

@@ -257,6 +257,11 @@ const TABLES: &[Table] = &[
         ],
     },
     Table { name: "used_jwt_ids", columns: &["jwt_id", "#expires_at"] },
+    Table { name: "revoked_tokens", columns: &["jwt_id", "agent_id", "#expires_at"] },
+    Table {
+        name: "resource_servers",
+        columns: &["resource_server_id", "name", "resource", "secret_sha256", "created_at", "created_by"],
+    },
     Table { name: "audit_head", columns: &["#id", "#sequence", "hash", "#epoch", "#epoch_sequence"] },
 ];
 

@@ -1,12 +1,15 @@
 //! What lives for minutes and may change without an audit event: identifiers that may be used once, and
 //! login challenges. Requests for an identity that were not granted end here too; what was decided is in the audit log.
+//! Revoked access tokens live here until they would have expired; each has its event.
 //!
 //! A used identifier (`jti` of a DPoP proof or of a client assertion) is burnt by the commit of what it was used
 //! for, see [`super::group`]; here are the rest of its life and its end.
 
+use std::collections::HashSet;
+
 use mastio_core::time::UnixTime;
 
-use super::{Query as _, Store, StoreError};
+use super::{Query as _, Store, StoreError, Value, WriteTx};
 use crate::values;
 
 /// Keeps a login challenge for `agent_id` until `expires_at`.
@@ -47,6 +50,54 @@ pub async fn take_challenge(
 /// of it.
 const REQUEST_KEPT_S: i64 = 86_400;
 
+/// Burns an identifier in a transaction that does more. False: it was used before.
+pub async fn burn(tx: &mut WriteTx, id: &str, expires_at: UnixTime) -> Result<bool, StoreError> {
+    let written = tx
+        .execute(
+            "INSERT INTO used_jwt_ids (jwt_id, expires_at) VALUES ($1, $2) ON CONFLICT (jwt_id) DO NOTHING",
+            values![id, expires_at.0],
+        )
+        .await?;
+    Ok(written > 0)
+}
+
+/// Puts an access token on the deny list until `expires_at`. False: it was there.
+pub async fn revoke_token(
+    tx: &mut WriteTx,
+    jwt_id: &str,
+    agent_id: &str,
+    expires_at: UnixTime,
+) -> Result<bool, StoreError> {
+    let written = tx
+        .execute(
+            "INSERT INTO revoked_tokens (jwt_id, agent_id, expires_at) VALUES ($1, $2, $3) ON CONFLICT (jwt_id) DO NOTHING",
+            values![jwt_id, agent_id, expires_at.0],
+        )
+        .await?;
+    Ok(written > 0)
+}
+
+/// Which of these access tokens are revoked. One statement, and none for none.
+pub(super) async fn revoked_among(tx: &mut WriteTx, jwt_ids: &[&str]) -> Result<HashSet<String>, StoreError> {
+    if jwt_ids.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let places: Vec<String> = (1..=jwt_ids.len()).map(|place| format!("${place}")).collect();
+    let sql = format!("SELECT jwt_id FROM revoked_tokens WHERE jwt_id IN ({})", places.join(", "));
+    let values: Vec<Value> = jwt_ids.iter().map(|jwt_id| Value::from(*jwt_id)).collect();
+    tx.rows_built(sql, &values).await?.iter().map(|row| row.text(0)).collect()
+}
+
+/// Whether an access token is revoked.
+pub async fn is_revoked(store: &Store, jwt_id: &str) -> Result<bool, StoreError> {
+    let row = store
+        .read()
+        .await?
+        .row("SELECT jwt_id FROM revoked_tokens WHERE jwt_id = $1", values![jwt_id])
+        .await?;
+    Ok(row.is_some())
+}
+
 /// Forgets what has expired. Identifiers are kept past their window by the clock leeway, or a proof
 /// that is still acceptable could be replayed.
 pub async fn forget_expired(store: &Store, now: UnixTime) -> Result<u64, StoreError> {
@@ -55,6 +106,7 @@ pub async fn forget_expired(store: &Store, now: UnixTime) -> Result<u64, StoreEr
     for statement in [
         "DELETE FROM used_jwt_ids WHERE expires_at < $1",
         "DELETE FROM login_challenges WHERE expires_at < $1",
+        "DELETE FROM revoked_tokens WHERE expires_at < $1",
     ] {
         forgotten += tx.execute(statement, values![now.0]).await?;
     }

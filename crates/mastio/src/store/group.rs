@@ -15,6 +15,7 @@ use mastio_core::time::UnixTime;
 use tokio::sync::{mpsc, oneshot};
 
 use super::claims::{ClaimError, Claims};
+use super::ephemeral;
 use super::{Store, StoreError, Value};
 use crate::clock::Clock;
 
@@ -41,6 +42,8 @@ pub struct Append {
     pub events: Vec<Event>,
     /// Identifiers that this request uses up.
     pub one_use: Vec<OneUse>,
+    /// `jti` of the access token that let this request in; one that is revoked by now refuses the request.
+    pub access_token: Option<String>,
     /// The epoch under which something was signed or an identity was judged; a later one refuses the request.
     pub epoch: Option<i64>,
 }
@@ -51,6 +54,9 @@ pub enum AppendError {
     /// An identifier was used before.
     #[error("an identifier that may be used once was used before")]
     Replayed,
+    /// The access token is revoked.
+    #[error("the access token is revoked")]
+    Revoked,
     /// The epoch has moved since the permit was given.
     #[error("the epoch has moved since the permit was given")]
     Stale,
@@ -157,6 +163,7 @@ async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, 
     let mut outcomes: Vec<Result<i64, AppendError>> =
         requests.iter().map(|append| if stale(append) { Err(AppendError::Stale) } else { Ok(0) }).collect();
 
+    refuse_revoked(&mut tx, &requests, &mut outcomes).await?;
     // Two requests of one group may carry the same identifier: the first in line has it.
     let mut seen = HashSet::new();
     for (append, outcome) in requests.iter().zip(&mut outcomes) {
@@ -187,6 +194,30 @@ async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, 
         *outcome = committed.sequence;
     }
     Ok(outcomes)
+}
+
+/// Refuses the requests whose access token is revoked. Asked in the transaction that records them, so that a revocation
+/// bites on the next request of every replica.
+async fn refuse_revoked(
+    tx: &mut super::WriteTx,
+    requests: &[Append],
+    outcomes: &mut [Result<i64, AppendError>],
+) -> Result<(), StoreError> {
+    let carried: Vec<&str> = requests
+        .iter()
+        .zip(outcomes.iter())
+        .filter(|(_, outcome)| outcome.is_ok())
+        .filter_map(|(append, _)| append.access_token.as_deref())
+        .collect();
+    let revoked = ephemeral::revoked_among(tx, &carried).await?;
+    if !revoked.is_empty() {
+        for (append, outcome) in requests.iter().zip(outcomes) {
+            if append.access_token.as_ref().is_some_and(|token| revoked.contains(token)) && outcome.is_ok() {
+                *outcome = Err(AppendError::Revoked);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes the identifiers that are new and tells which.

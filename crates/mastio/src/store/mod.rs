@@ -15,6 +15,7 @@ pub mod copy;
 pub mod ephemeral;
 pub mod group;
 mod postgres;
+pub mod refusals;
 pub mod schema;
 mod sqlite;
 mod tx;

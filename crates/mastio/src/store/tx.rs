@@ -178,6 +178,11 @@ impl WriteTx {
         self.connection.execute(AssertSqlSafe(sql), values).await
     }
 
+    /// Runs a query whose text the store itself has put together from constants.
+    pub(super) async fn rows_built(&mut self, sql: String, values: &[Value]) -> Result<Vec<Row>, StoreError> {
+        self.connection.rows(AssertSqlSafe(sql), values).await
+    }
+
     /// Inserts many rows with few statements: `INSERT INTO {target} VALUES (…), (…) {conflict}`.
     ///
     /// `target` is a table with its column list, `conflict` the statement's end (`ON CONFLICT …`), or empty.

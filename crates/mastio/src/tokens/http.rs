@@ -1,28 +1,49 @@
-//! `/v1/auth/*` and the JWKS (wire contract §4).
+//! `/v1/auth/*` and the JWKS (wire contract §4), and what ordinary OAuth clients and resource servers need besides:
+//! metadata, the grant as a form, introspection and revocation.
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
-use axum::http::{HeaderMap, header};
-use axum::middleware::from_fn_with_state;
+use axum::body::{self, Body, Bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use mastio_core::error::Kind;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{CHALLENGE_LIFETIME_S, TokenEndpointError, Tokens};
+use super::error::GrantError;
+use super::form::Form;
+use super::grant::Names;
+use super::metadata::{
+    self, GATEWAY_PATH, INTROSPECT_PATH, PROTECTED_RESOURCE_PATH, REVOKE_PATH, TOKEN_PATH,
+};
+use super::resource_servers::{self, ResourceServer, created_json};
+use super::{AccessToken, CHALLENGE_LIFETIME_S, Shown, TokenEndpointError, Tokens};
+use crate::config::EgressDpop;
+use crate::http::authn::AdminCaller;
 use crate::http::cache::cached;
 use crate::http::context::Context;
-use crate::http::error::ApiError;
-use crate::http::json::Json;
+use crate::http::error::{ApiError, Problem as _};
+use crate::http::json::{self, BODY_BYTES_MAX, Json};
 use crate::http::limits::{per_minute, per_source};
 use crate::http::urls::ExternalUrls;
 use crate::metrics::Metrics;
+use crate::store::refusals::{Refusal, Refusals};
 
-const TOKEN_PATH: &str = "/v1/auth/token";
-/// Requests a minute for the JWKS from one address (wire contract §10).
-const JWKS_PER_MINUTE: u32 = 30;
+/// Requests a minute from one address for each document that anybody may read (wire contract §10).
+const PUBLIC_PER_MINUTE: u32 = 30;
+const CHALLENGE_PATH: &str = "/v1/auth/login-challenge";
+const SIGN_PATH: &str = "/v1/auth/sign-assertion";
+const COUNTERSIGN_PATH: &str = "/v1/auth/sign-challenged-assertion";
+/// Where agents are asked for by agents.
+const EGRESS: &str = "/v1/egress/";
+/// Bytes of a form at most: an assertion and a handful of short parameters.
+const FORM_BYTES_MAX: usize = 128 * 1024;
 
 /// What the handlers need.
 #[derive(Clone)]
@@ -30,26 +51,89 @@ struct Endpoint {
     tokens: Arc<Tokens>,
     urls: ExternalUrls,
     metrics: Arc<Metrics>,
+    refusals: Refusals,
+}
+
+impl Endpoint {
+    /// Counts a refusal, and records it where it says something about the caller.
+    async fn refused(&self, context: &Context, route: &'static str, error: &TokenEndpointError) {
+        self.metrics.token_refused(error.reason());
+        record(&self.refusals, context, route, error).await;
+    }
+
+    /// Records a body that could not even be read as a request, and gives the answer.
+    async fn unreadable(&self, context: &Context, route: &'static str, error: ApiError) -> Response {
+        let reason = match error.kind() {
+            Kind::TooLarge => "body_too_large",
+            _ => "body_malformed",
+        };
+        self.metrics.token_refused(reason);
+        record_reason(&self.refusals, context, route, reason).await;
+        error.into_response()
+    }
+
+    fn names(&self, headers: &HeaderMap, path: &str) -> Names {
+        Names { bases: self.urls.of(headers, ""), endpoints: self.urls.of(headers, path) }
+    }
+
+    /// Our URL as the caller knows it.
+    fn base(&self, headers: &HeaderMap) -> Result<String, ApiError> {
+        self.urls.base(headers).ok_or_else(|| {
+            ApiError::new(
+                Kind::Invalid,
+                "the request's Host is none of this server's: set MCP_PROXY_PROXY_PUBLIC_URL to the URL that clients use",
+            )
+        })
+    }
+}
+
+/// Records a refusal, unless it is ours: a halt, overload, a database that is away.
+pub async fn record(refusals: &Refusals, context: &Context, route: &'static str, error: &TokenEndpointError) {
+    if matches!(error.kind(), Kind::Unauthenticated | Kind::Denied | Kind::Invalid) {
+        record_reason(refusals, context, route, error.reason()).await;
+    }
+}
+
+async fn record_reason(refusals: &Refusals, context: &Context, route: &'static str, reason: &'static str) {
+    refusals
+        .record(Refusal {
+            route,
+            reason,
+            request_id: &context.request_id,
+            address: context.source,
+            now: context.now.seconds(),
+        })
+        .await;
 }
 
 /// The routes of this capability.
-pub fn routes(tokens: Arc<Tokens>, urls: ExternalUrls, metrics: Arc<Metrics>) -> Router {
+pub fn routes(tokens: Arc<Tokens>, urls: ExternalUrls, metrics: Arc<Metrics>, refusals: Refusals) -> Router {
+    let limited = || from_fn_with_state(per_minute(PUBLIC_PER_MINUTE), per_source);
     Router::new()
-        .route("/v1/auth/login-challenge", post(create_challenge))
-        .route("/v1/auth/sign-challenged-assertion", post(countersign_assertion))
+        .route(CHALLENGE_PATH, post(create_challenge))
+        .route(COUNTERSIGN_PATH, post(countersign_assertion))
+        .route(SIGN_PATH, post(sign_assertion))
         .route(TOKEN_PATH, post(issue_token))
-        .route(
-            "/.well-known/jwks-local.json",
-            get(show_jwks).layer(from_fn_with_state(per_minute(JWKS_PER_MINUTE), per_source)),
-        )
-        .with_state(Endpoint { tokens, urls, metrics })
+        .route(REVOKE_PATH, post(revoke_token))
+        .route(INTROSPECT_PATH, post(introspect_token))
+        .route("/v1/admin/resource-servers", post(create_resource_server).get(list_resource_servers))
+        .route("/v1/admin/resource-servers/{resource_server_id}", delete(delete_resource_server))
+        .route("/.well-known/jwks-local.json", get(show_jwks).layer(limited()))
+        .route("/.well-known/oauth-authorization-server", get(show_authorization_server).layer(limited()))
+        .route(PROTECTED_RESOURCE_PATH, get(show_server_as_resource).layer(limited()))
+        .route("/.well-known/oauth-protected-resource/v1/mcp", get(show_gateway_as_resource).layer(limited()))
+        .with_state(Endpoint { tokens, urls, metrics, refusals })
 }
 
 async fn create_challenge(
     context: Context,
     State(endpoint): State<Endpoint>,
 ) -> Result<axum::Json<Value>, ApiError> {
-    let challenge = endpoint.tokens.challenge(&context).await?;
+    let challenge = endpoint.tokens.challenge(&context).await;
+    if let Err(error) = &challenge {
+        endpoint.refused(&context, CHALLENGE_PATH, error).await;
+    }
+    let challenge = challenge?;
     Ok(axum::Json(json!({
         "nonce": challenge.nonce, "expires_in": CHALLENGE_LIFETIME_S, "agent_id": challenge.agent_id,
     })))
@@ -67,9 +151,29 @@ async fn countersign_assertion(
     Json(body): Json<Countersign>,
 ) -> Result<axum::Json<Value>, ApiError> {
     let signed = endpoint.tokens.countersign(&context, &body.client_assertion, &body.nonce).await;
-    let (agent_id, signature) = signed.inspect_err(|error| endpoint.metrics.token_refused(error.reason()))?;
+    if let Err(error) = &signed {
+        endpoint.refused(&context, COUNTERSIGN_PATH, error).await;
+    }
+    let (agent_id, signature) = signed?;
     Ok(axum::Json(json!({
         "client_assertion": body.client_assertion, "agent_id": agent_id, "mastio_signature": signature,
+    })))
+}
+
+/// `POST /v1/auth/sign-assertion` (wire contract §4.4).
+async fn sign_assertion(
+    context: Context,
+    State(endpoint): State<Endpoint>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let signed = endpoint.tokens.sign_assertion(&context).await;
+    if let Err(error) = &signed {
+        endpoint.refused(&context, SIGN_PATH, error).await;
+    }
+    let signed = signed?;
+    Ok(axum::Json(json!({
+        "client_assertion": signed.client_assertion,
+        "agent_id": signed.agent_id,
+        "mastio_signature": signed.mastio_signature,
     })))
 }
 
@@ -78,51 +182,343 @@ struct IssueToken {
     client_assertion: String,
 }
 
-async fn issue_token(
-    context: Context,
-    headers: HeaderMap,
-    State(endpoint): State<Endpoint>,
-    Json(body): Json<IssueToken>,
-) -> Result<axum::Json<Value>, ApiError> {
+/// The SDK's JSON, or the form of an ordinary client: the same tokens.
+async fn issue_token(context: Context, State(endpoint): State<Endpoint>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
     let started = std::time::Instant::now();
-    let urls = endpoint.urls.of(&headers, TOKEN_PATH);
+    let is_form = is_form(&parts.headers);
+    let body = match read(body, if is_form { FORM_BYTES_MAX } else { BODY_BYTES_MAX }).await {
+        Ok(body) => body,
+        Err(error) => return endpoint.unreadable(&context, TOKEN_PATH, error).await,
+    };
     let issued = match endpoint.tokens.pki().halted() {
         // The halt is what every caller must read, whatever else is wrong with the request.
         Err(halted) => Err(halted.into()),
-        Ok(()) => match proof(&headers) {
-            Ok(proof) => endpoint.tokens.issue(&context, &body.client_assertion, proof, &urls).await,
-            Err(error) => Err(error),
+        Ok(()) if is_form => endpoint.grant(&context, &parts.headers, &body).await,
+        Ok(()) => match json::parse::<IssueToken>(&body) {
+            Err(error) => return endpoint.unreadable(&context, TOKEN_PATH, error).await,
+            Ok(body) => match proof(&parts.headers) {
+                Ok(proof) => {
+                    let urls = endpoint.urls.of(&parts.headers, TOKEN_PATH);
+                    endpoint.tokens.issue(&context, &body.client_assertion, proof, &urls).await
+                }
+                Err(error) => Err(error),
+            },
         },
     };
-    let token = issued.inspect_err(|error| endpoint.metrics.token_refused(error.reason()))?;
-    endpoint.metrics.token_issued(started.elapsed());
-    Ok(axum::Json(json!({
+    match issued {
+        Ok(token) => {
+            endpoint.metrics.token_issued(started.elapsed());
+            axum::Json(granted(&token, is_form)).into_response()
+        }
+        Err(error) => {
+            endpoint.refused(&context, TOKEN_PATH, &error).await;
+            if is_form { oauth_refusal(error) } else { ApiError::from(error).into_response() }
+        }
+    }
+}
+
+impl Endpoint {
+    async fn grant(
+        &self,
+        context: &Context,
+        headers: &HeaderMap,
+        body: &[u8],
+    ) -> Result<AccessToken, TokenEndpointError> {
+        let form = Form::parse(body)?;
+        let proof = at_most_one_proof(headers)?;
+        self.tokens.grant(context, &form, proof, &self.names(headers, TOKEN_PATH)).await
+    }
+}
+
+fn granted(token: &AccessToken, is_form: bool) -> Value {
+    json!({
         "access_token": token.access_token,
-        "token_type": "Bearer",
+        // The SDK's contract says Bearer and the SDK does not look; an ordinary client needs the scheme to use.
+        "token_type": if is_form { token.confirmation.token_type() } else { "Bearer" },
         "expires_in": token.expires_in,
         "scope": "local",
         "issued_by": token.issuer,
-    })))
+    })
+}
+
+/// What the two layers below need.
+#[derive(Clone)]
+pub struct ProofLayer {
+    /// Judges proofs.
+    pub tokens: Arc<Tokens>,
+    /// By which a proof's `htu` may name us.
+    pub urls: ExternalUrls,
+    /// Whether persistent keys are asked for.
+    pub egress: EgressDpop,
+    /// Where refusals are recorded.
+    pub refusals: Refusals,
+}
+
+/// Judges the persistent DPoP key on `/v1/egress`, where the certificate is the route's to judge. A request that brings an
+/// access token instead is the route's alone.
+pub async fn prove_persistent_key(
+    State(layer): State<ProofLayer>,
+    context: Context,
+    request: Request,
+    next: Next,
+) -> Response {
+    let judged =
+        request.uri().path().starts_with(EGRESS) && !request.headers().contains_key(header::AUTHORIZATION);
+    if judged {
+        let headers = request.headers();
+        let urls = layer.urls.of(headers, request.uri().path());
+        let proven = match at_most_one_proof(headers) {
+            Ok(proof) => {
+                let method = request.method().as_str();
+                layer.tokens.prove_persistent_key(&context, proof, layer.egress, method, &urls).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = proven {
+            record(&layer.refusals, &context, EGRESS, &error).await;
+            return ApiError::from(error).into_response();
+        }
+    }
+    next.run(request).await
+}
+
+/// Offers the present nonce with every answer that a DPoP client may see (wire contract §2, RFC 9449 §8.2).
+pub async fn offer_nonce(
+    State(layer): State<ProofLayer>,
+    context: Context,
+    request: Request,
+    next: Next,
+) -> Response {
+    let path = request.uri().path();
+    let offered = path.starts_with("/v1/")
+        && !path.starts_with("/v1/admin/")
+        && (layer.tokens.requires_nonce() || !path.starts_with("/v1/auth/"));
+    let mut response = next.run(request).await;
+    if offered && let Ok(nonce) = HeaderValue::from_str(&layer.tokens.nonce(context.now.seconds())) {
+        response.headers_mut().insert("dpop-nonce", nonce);
+    }
+    response
+}
+
+/// `POST /v1/auth/revoke` (RFC 7009).
+async fn revoke_token(context: Context, State(endpoint): State<Endpoint>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = match form_body(&parts.headers, body).await {
+        Ok(body) => body,
+        Err(error) => return endpoint.unreadable(&context, REVOKE_PATH, error).await,
+    };
+    let revoked = match Form::parse(&body) {
+        Ok(form) => {
+            endpoint.tokens.revoke(&context, &form, &endpoint.names(&parts.headers, REVOKE_PATH)).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    match revoked {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(error) => {
+            endpoint.refused(&context, REVOKE_PATH, &error).await;
+            oauth_refusal(error)
+        }
+    }
+}
+
+/// `POST /v1/auth/introspect` (RFC 7662).
+async fn introspect_token(context: Context, State(endpoint): State<Endpoint>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = match form_body(&parts.headers, body).await {
+        Ok(body) => body,
+        Err(error) => return endpoint.unreadable(&context, INTROSPECT_PATH, error).await,
+    };
+    match endpoint.introspect(&context, &parts.headers, &body).await {
+        Ok(answer) => axum::Json(answer).into_response(),
+        Err(error) => {
+            endpoint.refused(&context, INTROSPECT_PATH, &error).await;
+            let mut response = oauth_refusal(error);
+            if response.status() == StatusCode::UNAUTHORIZED {
+                let challenge = HeaderValue::from_static("Basic realm=\"mcp-proxy\", charset=\"UTF-8\"");
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            response
+        }
+    }
+}
+
+impl Endpoint {
+    async fn introspect(
+        &self,
+        context: &Context,
+        headers: &HeaderMap,
+        body: &[u8],
+    ) -> Result<Value, TokenEndpointError> {
+        let (id, secret) = basic(headers).ok_or(GrantError::ResourceServerMissing)?;
+        let form = Form::parse(body)?;
+        let token = form.require("token")?;
+        let found = self.tokens.introspect(context, (&id, &secret), token).await?;
+        let Some(claims) = found else { return Ok(json!({ "active": false })) };
+        Ok(json!({
+            "active": true,
+            "iss": claims.issuer,
+            "sub": claims.subject,
+            "client_id": claims.subject,
+            "aud": claims.audience,
+            "scope": claims.scope,
+            "token_type": claims.confirmation.token_type(),
+            "iat": claims.issued_at.0,
+            "exp": claims.expires_at.0,
+            "jti": claims.jwt_id,
+            "cnf": claims.confirmation.to_value(),
+            "principal_type": claims.principal_type,
+            "org": claims.org,
+        }))
+    }
+}
+
+/// Id and secret of `Authorization: Basic`, each escaped as in a form (RFC 6749 §2.3.1).
+fn basic(headers: &HeaderMap) -> Option<(String, String)> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (scheme, encoded) = value.to_str().ok()?.split_once(' ')?;
+    if !scheme.eq_ignore_ascii_case("basic") {
+        return None;
+    }
+    let decoded = String::from_utf8(STANDARD.decode(encoded.trim()).ok()?).ok()?;
+    let unescape =
+        |text: &str| form_urlencoded::parse(text.as_bytes()).next().map(|(text, _)| text.into_owned());
+    let (id, secret) = decoded.split_once(':')?;
+    Some((unescape(id)?, unescape(secret)?))
+}
+
+fn is_form(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let essence = content_type.split(';').next().unwrap_or("").trim();
+    essence.eq_ignore_ascii_case("application/x-www-form-urlencoded")
+}
+
+async fn form_body(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    if !is_form(headers) {
+        return Err(ApiError::new(Kind::Invalid, "the body must be application/x-www-form-urlencoded"));
+    }
+    read(body, FORM_BYTES_MAX).await
+}
+
+async fn read(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
+    body::to_bytes(body, bytes_max)
+        .await
+        .map_err(|_| ApiError::new(Kind::TooLarge, format!("request body exceeds {bytes_max} bytes")))
+}
+
+/// A refusal as OAuth clients read it (RFC 6749 §5.2), with our own `detail` beside it.
+fn oauth_refusal(error: TokenEndpointError) -> Response {
+    let (code, reason, hint) = (error.oauth_code(), error.reason(), error.to_string());
+    let mut response = ApiError::from(error).into_response();
+    if response.status() == StatusCode::UNAUTHORIZED && code != "invalid_client" {
+        *response.status_mut() = StatusCode::BAD_REQUEST;
+        response.headers_mut().remove(header::WWW_AUTHENTICATE);
+    }
+    // The characters that RFC 6749 §5.2 allows there.
+    let allowed = |c: char| matches!(c, ' '..='!' | '#'..='[' | ']'..='~');
+    let description: String = hint.chars().map(|c| if allowed(c) { c } else { '-' }).collect();
+    let body = json!({
+        "error": code,
+        "error_description": description,
+        "detail": { "reason": reason, "hint": hint },
+    });
+    *response.body_mut() = Body::from(body.to_string());
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    response
 }
 
 /// The one DPoP header (RFC 9449 §4.3 step 1).
 pub fn proof(headers: &HeaderMap) -> Result<&str, TokenEndpointError> {
+    at_most_one_proof(headers)?.ok_or(TokenEndpointError::ProofMissing)
+}
+
+fn at_most_one_proof(headers: &HeaderMap) -> Result<Option<&str>, TokenEndpointError> {
     let mut values = headers.get_all("dpop").iter();
-    match (values.next().and_then(|value| value.to_str().ok()), values.next()) {
-        (Some(proof), None) => Ok(proof),
+    match (values.next().map(HeaderValue::to_str), values.next()) {
+        (None, None) => Ok(None),
+        (Some(Ok(proof)), None) => Ok(Some(proof)),
         _ => Err(TokenEndpointError::ProofMissing),
     }
 }
 
-/// The access token of an `Authorization: DPoP …` header. A bound token under `Bearer` is a downgrade and refused.
-pub fn access_token(headers: &HeaderMap) -> Result<&str, TokenEndpointError> {
+/// The access token of an `Authorization` header, with its scheme and the proof beside it.
+pub fn shown(headers: &HeaderMap) -> Result<Shown<'_>, TokenEndpointError> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
         return Err(TokenEndpointError::TokenMissing);
     };
     let (scheme, token) =
         value.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(TokenEndpointError::TokenMissing)?;
-    if scheme.eq_ignore_ascii_case("dpop") { Ok(token.trim()) } else { Err(TokenEndpointError::Scheme) }
+    let dpop_scheme = scheme.eq_ignore_ascii_case("dpop");
+    if !dpop_scheme && !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(TokenEndpointError::TokenMissing);
+    }
+    Ok(Shown { access_token: token.trim(), dpop_scheme, proof: at_most_one_proof(headers)? })
+}
+
+/// `GET /.well-known/oauth-authorization-server` (RFC 8414).
+async fn show_authorization_server(headers: HeaderMap, State(endpoint): State<Endpoint>) -> Response {
+    describe(&endpoint, &headers, metadata::authorization_server)
+}
+
+/// `GET /.well-known/oauth-protected-resource` (RFC 9728): this server as a whole.
+async fn show_server_as_resource(headers: HeaderMap, State(endpoint): State<Endpoint>) -> Response {
+    let org_id = &endpoint.tokens.pki().authority().org_id;
+    describe(&endpoint, &headers, |base| metadata::protected_resource(base, "", org_id))
+}
+
+/// `GET /.well-known/oauth-protected-resource/v1/mcp` (RFC 9728): the gateway.
+async fn show_gateway_as_resource(headers: HeaderMap, State(endpoint): State<Endpoint>) -> Response {
+    let org_id = &endpoint.tokens.pki().authority().org_id;
+    describe(&endpoint, &headers, |base| metadata::protected_resource(base, GATEWAY_PATH, org_id))
+}
+
+fn describe(endpoint: &Endpoint, headers: &HeaderMap, of: impl FnOnce(&str) -> Value) -> Response {
+    match endpoint.base(headers) {
+        Ok(base) => {
+            let mut response =
+                cached(headers, &of(&base).to_string(), "application/json", "public, max-age=60");
+            response.headers_mut().insert(header::VARY, HeaderValue::from_static("host"));
+            response
+        }
+        Err(error) => error.into_response(),
+    }
+}
+
+#[derive(Deserialize)]
+struct CreateResourceServer {
+    name: String,
+    resource: String,
+}
+
+async fn create_resource_server(
+    admin: AdminCaller,
+    State(endpoint): State<Endpoint>,
+    Json(body): Json<CreateResourceServer>,
+) -> Result<(StatusCode, axum::Json<Value>), ApiError> {
+    let (server, secret) =
+        resource_servers::add(endpoint.tokens.pki(), &body.name, &body.resource, &admin.actor).await?;
+    let answer = created_json(&server, &secret);
+    Ok((StatusCode::CREATED, axum::Json(answer)))
+}
+
+async fn list_resource_servers(
+    _admin: AdminCaller,
+    State(endpoint): State<Endpoint>,
+) -> Result<axum::Json<Vec<Value>>, ApiError> {
+    let servers = resource_servers::list(endpoint.tokens.pki()).await?;
+    Ok(axum::Json(servers.iter().map(ResourceServer::to_json).collect()))
+}
+
+async fn delete_resource_server(
+    admin: AdminCaller,
+    State(endpoint): State<Endpoint>,
+    Path(resource_server_id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    resource_servers::remove(endpoint.tokens.pki(), &resource_server_id, &admin.actor).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// `GET /.well-known/jwks-local.json` (wire contract §4.8).
@@ -144,7 +540,7 @@ async fn show_jwks(context: Context, headers: HeaderMap, State(endpoint): State<
         })
         .collect();
     if keys.is_empty() {
-        return ApiError::new(mastio_core::error::Kind::Unavailable, "no token key yet").into_response();
+        return ApiError::new(Kind::Unavailable, "no token key yet").into_response();
     }
     let body = json!({ "keys": keys }).to_string();
     cached(&headers, &body, "application/json", "public, max-age=60, stale-while-revalidate=60")

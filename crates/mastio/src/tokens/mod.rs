@@ -8,9 +8,23 @@
 //! halt, proof, assertion, agent and path, permit, signature, and one durable commit that burns both `jti`s, writes
 //! `auth.token_issued` and refuses a permit whose epoch has passed. Only then the token leaves. There is no unbound
 //! token.
+//!
+//! Ordinary OAuth clients get the same tokens by the `client_credentials` grant ([`grant`]), ask about them by
+//! introspection ([`introspection`], for [`resource_servers`]), and give them back by [`revocation`]; [`metadata`] tells
+//! them how.
 
+pub mod egress;
 pub mod error;
+mod form;
+pub mod grant;
 pub mod http;
+pub mod introspection;
+pub mod metadata;
+pub mod nonce;
+pub mod resource_servers;
+pub mod revocation;
+pub mod server_held;
+mod store;
 
 use std::sync::Arc;
 
@@ -21,7 +35,8 @@ use mastio_core::dpop::{Proof, ProofRequest, UnverifiedProof};
 use mastio_core::time::UnixTime;
 use mastio_core::token::assertion::{Assertion, UnverifiedAssertion};
 use mastio_core::token::claims::{
-    ACCESS_TOKEN_AUDIENCE, ACCESS_TOKEN_SCOPE, AccessTokenClaims, UnverifiedAccessToken,
+    ACCESS_TOKEN_AUDIENCE, ACCESS_TOKEN_SCOPE, AccessTokenClaims, Confirmation, TokenError,
+    UnverifiedAccessToken, certificate_thumbprint,
 };
 use mastio_core::token::jws::assemble;
 use mastio_core::x509::Certificate;
@@ -35,6 +50,7 @@ use crate::store::ephemeral;
 use crate::store::group::{Append, AppendError, Journal, OneUse};
 use crate::updates::halt::SignPermit;
 pub use error::TokenEndpointError;
+pub use nonce::DpopNonces;
 
 /// An access token lives fifteen minutes: also how long a withdrawn right can linger in one.
 pub const ACCESS_TOKEN_LIFETIME_S: i64 = 900;
@@ -52,14 +68,24 @@ pub struct Tokens {
     pki: Arc<Pki>,
     agents: Arc<Agents>,
     journal: Journal,
+    nonces: Arc<DpopNonces>,
+    nonce_required: bool,
     verified: Cache<[u8; 32], Arc<AccessTokenClaims>>,
 }
 
-/// A verified assertion with the chain that came in its `x5c`.
+/// An agent as a request names it, with the certificate whose key it has proved. Not judged yet.
 struct Presented {
-    assertion: Assertion,
+    subject: String,
     leaf: Certificate,
     beside: Vec<Certificate>,
+}
+
+/// What a token is asked for, once all of it has been verified.
+struct Order {
+    client: Presented,
+    confirmation: Confirmation,
+    audience: String,
+    one_use: Vec<OneUse>,
 }
 
 /// A login challenge.
@@ -78,30 +104,72 @@ pub struct AccessToken {
     pub expires_in: i64,
     /// `iss`.
     pub issuer: String,
+    /// What it is bound to.
+    pub confirmation: Confirmation,
+}
+
+/// An access token as a request shows it.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown<'a> {
+    /// The token.
+    pub access_token: &'a str,
+    /// Whether it came under the scheme `DPoP`; otherwise it was `Bearer`.
+    pub dpop_scheme: bool,
+    /// The proof beside it.
+    pub proof: Option<&'a str>,
 }
 
 /// A caller whom an access token and its proof have established.
 pub struct TokenCaller {
     /// The agent.
     pub agent: Arc<Agent>,
-    /// The proof's `jti`, to be burnt with what the request does.
-    pub one_use: OneUse,
+    /// The proof's `jti`, to be burnt with what the request does; none where a certificate is the binding.
+    pub one_use: Vec<OneUse>,
+    /// `jti` of the access token, to be held against the deny list by the commit of what the request does.
+    pub jwt_id: String,
     /// The epoch at which this was judged.
     pub epoch: i64,
 }
 
 impl Tokens {
-    /// Issues tokens for `agents`, recorded in `journal`.
+    /// Issues tokens for `agents`, recorded in `journal`. `nonce_required`: whether proofs need one of `nonces`.
     #[must_use]
-    pub fn new(agents: Arc<Agents>, journal: Journal) -> Self {
+    pub fn new(agents: Arc<Agents>, journal: Journal, nonces: Arc<DpopNonces>, nonce_required: bool) -> Self {
         let pki = Arc::clone(agents.pki());
-        Self { pki, agents, journal, verified: Cache::new(CACHE_ENTRIES_MAX) }
+        Self { pki, agents, journal, nonces, nonce_required, verified: Cache::new(CACHE_ENTRIES_MAX) }
+    }
+
+    fn verify_proof(
+        &self,
+        text: &str,
+        method: &str,
+        urls: &[String],
+        access_token: Option<&str>,
+        now: UnixTime,
+    ) -> Result<Proof, TokenEndpointError> {
+        let accepted = self.nonce_required.then(|| self.nonces.accepted(now));
+        let nonce = accepted.as_ref().map(<[String; 2]>::as_slice);
+        UnverifiedProof::parse(text)
+            .and_then(|proof| proof.verify(&ProofRequest { method, urls, access_token, nonce, now }))
+            .map_err(TokenEndpointError::Proof)
     }
 
     /// The certificate authority.
     #[must_use]
     pub fn pki(&self) -> &Arc<Pki> {
         &self.pki
+    }
+
+    /// Whether proofs at the token endpoint and the gateway need a nonce.
+    #[must_use]
+    pub fn requires_nonce(&self) -> bool {
+        self.nonce_required
+    }
+
+    /// The present DPoP nonce.
+    #[must_use]
+    pub fn nonce(&self, now: UnixTime) -> String {
+        self.nonces.current(now)
     }
 
     fn issuer(&self) -> String {
@@ -138,9 +206,9 @@ impl Tokens {
             return Err(TokenEndpointError::Challenge);
         }
         let unverified = UnverifiedAssertion::parse(text).map_err(TokenEndpointError::Assertion)?;
-        let presented = presented(&unverified, now)?;
+        let (assertion, presented) = presented(&unverified, now)?;
         let proven = self.establish(&presented, now).await?;
-        if proven.agent.agent_id != agent_id || presented.assertion.nonce.as_deref() != Some(nonce) {
+        if proven.agent.agent_id != agent_id || assertion.nonce.as_deref() != Some(nonce) {
             return Err(TokenEndpointError::Challenge);
         }
         for _round in 0..STALE_ROUNDS_MAX {
@@ -171,46 +239,66 @@ impl Tokens {
         // First, so that a halted deploy answers at once and every caller reads why.
         self.pki.halted()?;
         let now = context.now.seconds();
-        let (proof, presented) = credentials(proof, text, urls, now)?;
+        let proof = self.verify_proof(proof, "POST", urls, None, now)?;
+        let assertion = UnverifiedAssertion::parse(text).map_err(TokenEndpointError::Assertion)?;
+        let (assertion, client) = presented(&assertion, now)?;
+        let order = Order {
+            client,
+            confirmation: Confirmation::DpopKey(proof.jkt.clone()),
+            audience: ACCESS_TOKEN_AUDIENCE.to_owned(),
+            one_use: vec![proof_one_use(&proof), assertion_one_use(&assertion)],
+        };
+        self.mint(context, order).await
+    }
+
+    /// Judges the client of `order`, signs its token, and lets it out once its event is durable.
+    async fn mint(&self, context: &Context, order: Order) -> Result<AccessToken, TokenEndpointError> {
+        let now = context.now.seconds();
+        let Order { client, confirmation, audience, one_use } = order;
         // Established first: an allowance must not be used up by somebody who only names the agent.
-        let mut proven = self.establish(&presented, now).await?;
+        let mut proven = self.establish(&client, now).await?;
         self.agents.admit(&proven.agent.agent_id, context)?;
         for _round in 0..STALE_ROUNDS_MAX {
             let (permit, authority) = self.pki.permit().await?;
             // Judged anew when the epoch has moved: what moved it may have deactivated the agent.
             if proven.epoch != permit.epoch() {
-                proven = self.establish(&presented, now).await?;
+                proven = self.establish(&client, now).await?;
             }
             let claims = AccessTokenClaims {
                 issuer: self.issuer(),
-                audience: ACCESS_TOKEN_AUDIENCE.to_owned(),
+                audience: audience.clone(),
                 subject: proven.agent.agent_id.clone(),
                 scope: ACCESS_TOKEN_SCOPE.to_owned(),
                 issued_at: now,
                 expires_at: now.plus(ACCESS_TOKEN_LIFETIME_S),
                 jwt_id: self.pki.entropy.uuid(),
-                jkt: proof.jkt.clone(),
+                confirmation: confirmation.clone(),
                 principal_type: proven.agent.principal_type.clone(),
                 org: authority.org_id.clone(),
             };
             let epoch = permit.epoch();
             let (access_token, kid) = sign(&permit, &authority, &claims)?;
-            let event = Event {
-                event_type: EventType::TokenIssued,
-                actor: claims.subject.clone(),
-                details: json!({
-                    "jti": claims.jwt_id,
-                    "kid": kid,
-                    "jkt": claims.jkt,
-                    "expires_at": claims.expires_at.to_rfc3339(),
-                    "certificate_serial": proven.certificate.serial_hex(),
-                    "request_id": context.request_id,
-                }),
-            };
+            let mut details = json!({
+                "jti": claims.jwt_id,
+                "kid": kid,
+                "expires_at": claims.expires_at.to_rfc3339(),
+                "certificate_serial": proven.certificate.serial_hex(),
+                "request_id": context.request_id,
+            });
+            if let (Some(details), Some(bound)) =
+                (details.as_object_mut(), claims.confirmation.to_value().as_object())
+            {
+                details.extend(bound.clone());
+                if audience != ACCESS_TOKEN_AUDIENCE {
+                    details.insert("aud".to_owned(), json!(audience));
+                }
+            }
+            let event = Event { event_type: EventType::TokenIssued, actor: claims.subject.clone(), details };
             let append = Append {
                 events: vec![event],
-                one_use: vec![proof_one_use(&proof), assertion_one_use(&presented.assertion)],
+                one_use: one_use.clone(),
                 epoch: Some(epoch),
+                ..Append::default()
             };
             match self.record(append).await {
                 Ok(_) => {
@@ -218,6 +306,7 @@ impl Tokens {
                         access_token,
                         expires_in: ACCESS_TOKEN_LIFETIME_S,
                         issuer: claims.issuer,
+                        confirmation: claims.confirmation,
                     });
                 }
                 Err(TokenEndpointError::Stale) => self.pki.refresh().await.map(drop)?,
@@ -227,30 +316,53 @@ impl Tokens {
         Err(TokenEndpointError::Stale)
     }
 
-    /// Establishes the caller of a request that carries an access token (wire contract §4.7).
+    /// Establishes the caller of a request that carries an access token (wire contract §4.7, RFC 8705 §3).
+    ///
+    /// Not here: whether the token is revoked, which the commit of what the request does asks.
     pub async fn caller(
         &self,
         context: &Context,
-        access_token: &str,
-        proof: &str,
+        shown: Shown<'_>,
         method: &str,
         urls: &[String],
     ) -> Result<TokenCaller, TokenEndpointError> {
         let now = context.now.seconds();
-        let claims = self.access_token(access_token, now).await?;
-        let proof = verify_proof(proof, method, urls, Some(access_token), now)?;
-        if proof.jkt != claims.jkt {
-            return Err(TokenEndpointError::ProofKey);
+        let claims = self.access_token(shown.access_token, now).await?;
+        if claims.audience != ACCESS_TOKEN_AUDIENCE {
+            return Err(TokenEndpointError::AccessToken(TokenError::Audience));
         }
+        let one_use = match (&claims.confirmation, shown.dpop_scheme) {
+            (Confirmation::DpopKey(jkt), true) => {
+                let proof = shown.proof.ok_or(TokenEndpointError::ProofMissing)?;
+                let proof = self.verify_proof(proof, method, urls, Some(shown.access_token), now)?;
+                if proof.jkt != *jkt {
+                    return Err(TokenEndpointError::ProofKey);
+                }
+                vec![proof_one_use(&proof)]
+            }
+            (Confirmation::Certificate(thumbprint), false) => {
+                let der =
+                    context.client_certificate.as_ref().ok_or(TokenEndpointError::CertificateMissing)?;
+                if certificate_thumbprint(der) != *thumbprint {
+                    return Err(TokenEndpointError::CertificateMismatch);
+                }
+                let proven = self.agents.prove_connection(context).await?;
+                if proven.agent.agent_id != claims.subject {
+                    return Err(TokenEndpointError::CertificateMismatch);
+                }
+                Vec::new()
+            }
+            _ => return Err(TokenEndpointError::Scheme),
+        };
         let epoch = self.pki.authority().epoch;
-        let agent = self
-            .agents
-            .agent(&claims.subject)
-            .await?
-            .filter(|agent| agent.is_active)
-            .ok_or(TokenEndpointError::Identity(crate::enrollment::IdentityError::UnknownOrInactive))?;
+        let agent = self.active(&claims.subject).await?;
         self.agents.admit(&agent.agent_id, context)?;
-        Ok(TokenCaller { agent, one_use: proof_one_use(&proof), epoch })
+        Ok(TokenCaller { agent, one_use, jwt_id: claims.jwt_id.clone(), epoch })
+    }
+
+    async fn active(&self, agent_id: &str) -> Result<Arc<Agent>, TokenEndpointError> {
+        let agent = self.agents.agent(agent_id).await?.filter(|agent| agent.is_active);
+        Ok(agent.ok_or(crate::enrollment::IdentityError::UnknownOrInactive)?)
     }
 
     async fn access_token(
@@ -289,13 +401,14 @@ impl Tokens {
         presented: &Presented,
         now: UnixTime,
     ) -> Result<ProvenAgent, TokenEndpointError> {
-        let Presented { assertion, leaf, beside } = presented;
-        Ok(self.agents.authenticate_assertion(leaf, beside, &assertion.subject, now).await?)
+        let Presented { subject, leaf, beside } = presented;
+        Ok(self.agents.authenticate_assertion(leaf, beside, subject, now).await?)
     }
 
     async fn record(&self, append: Append) -> Result<i64, TokenEndpointError> {
         self.journal.append(append).await.map_err(|error| match error {
             AppendError::Replayed => TokenEndpointError::Replayed,
+            AppendError::Revoked => TokenEndpointError::Revoked,
             AppendError::Stale => TokenEndpointError::Stale,
             AppendError::Busy => TokenEndpointError::Busy,
             AppendError::Unguarded => TokenEndpointError::Unguarded,
@@ -304,32 +417,21 @@ impl Tokens {
     }
 }
 
-fn verify_proof(
-    text: &str,
-    method: &str,
-    urls: &[String],
-    access_token: Option<&str>,
-    now: UnixTime,
-) -> Result<Proof, TokenEndpointError> {
-    UnverifiedProof::parse(text)
-        .and_then(|proof| proof.verify(&ProofRequest { method, urls, access_token, nonce: None, now }))
-        .map_err(TokenEndpointError::Proof)
-}
-
-/// The proof and the assertion of a token request.
-fn credentials(
-    proof: &str,
-    assertion: &str,
-    urls: &[String],
-    now: UnixTime,
-) -> Result<(Proof, Presented), TokenEndpointError> {
-    let proof = verify_proof(proof, "POST", urls, None, now)?;
-    let assertion = UnverifiedAssertion::parse(assertion).map_err(TokenEndpointError::Assertion)?;
-    Ok((proof, presented(&assertion, now)?))
-}
-
 /// The assertion, verified under the leaf that it carries; the leaf itself is not judged yet.
-fn presented(unverified: &UnverifiedAssertion, now: UnixTime) -> Result<Presented, TokenEndpointError> {
+fn presented(
+    unverified: &UnverifiedAssertion,
+    now: UnixTime,
+) -> Result<(Assertion, Presented), TokenEndpointError> {
+    let (leaf, beside) = chain(unverified)?.ok_or(TokenEndpointError::Chain)?;
+    let assertion = unverified.verify(leaf.spki_der(), now).map_err(TokenEndpointError::Assertion)?;
+    let subject = assertion.subject.clone();
+    Ok((assertion, Presented { subject, leaf, beside }))
+}
+
+/// The leaf of `x5c` and what stands beside it, each once. Nothing where there is no `x5c`.
+fn chain(
+    unverified: &UnverifiedAssertion,
+) -> Result<Option<(Certificate, Vec<Certificate>)>, TokenEndpointError> {
     let mut chain = Vec::new();
     for der in unverified.chain_der() {
         let certificate = Certificate::from_der(der).map_err(|_| TokenEndpointError::Chain)?;
@@ -338,9 +440,7 @@ fn presented(unverified: &UnverifiedAssertion, now: UnixTime) -> Result<Presente
         }
     }
     let mut chain = chain.into_iter();
-    let leaf = chain.next().ok_or(TokenEndpointError::Chain)?;
-    let assertion = unverified.verify(leaf.spki_der(), now).map_err(TokenEndpointError::Assertion)?;
-    Ok(Presented { assertion, leaf, beside: chain.collect() })
+    Ok(chain.next().map(|leaf| (leaf, chain.collect())))
 }
 
 fn sign(

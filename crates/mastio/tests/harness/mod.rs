@@ -6,6 +6,7 @@
 // Each test file compiles this module for itself and uses its own part of it.
 #![allow(dead_code)]
 
+pub mod forge;
 pub mod process;
 pub mod sdk;
 
@@ -175,13 +176,12 @@ impl Deploy {
             }
         };
         let mut deploy = self.set("MCP_PROXY_DB_ENCRYPTION_KEY", PASSPHRASE);
-        if deploy.sqlite_file().exists() {
-            deploy.start();
-            deploy.stop();
-            deploy.mastio_ok(&["database", "copy", "--to", &url]);
-            // What serves from here on is PostgreSQL alone.
-            fs::rename(deploy.sqlite_file(), deploy.data_dir().join("left-behind.db")).unwrap();
-        }
+        // A file that is there is adopted, and without one a new organisation begins.
+        deploy.start();
+        deploy.stop();
+        deploy.mastio_ok(&["database", "copy", "--to", &url]);
+        // What serves from here on is PostgreSQL alone.
+        fs::rename(deploy.sqlite_file(), deploy.data_dir().join("left-behind.db")).unwrap();
         deploy.database = database;
         deploy.database_url = Some(url.clone());
         deploy.set("MCP_PROXY_DATABASE_URL", &url)

@@ -10,6 +10,7 @@ mod s0003_dashboard;
 mod s0004_fleet_write;
 mod s0005_audit_subject;
 mod s0006_enrollment_requests;
+mod s0007_resource_servers;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ pub const STEPS: &[Step] = &[
     s0004_fleet_write::STEP,
     s0005_audit_subject::STEP,
     s0006_enrollment_requests::STEP,
+    s0007_resource_servers::STEP,
     // The next step goes here.
 ];
 

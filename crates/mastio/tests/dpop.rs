@@ -1,0 +1,191 @@
+//! DPoP beyond the token: nonces that replicas share, persistent keys with rotation and grace, and the login with a key
+//! that the server holds.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use harness::forge::{Key, Response, Wire, now, unique, with};
+use harness::{Database, Deploy};
+use serde_json::{Value, json};
+
+const TOKEN: &str = "/v1/auth/token";
+const MCP: &str = "/v1/mcp";
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+const LIST: &str = r#"{"jsonrpc":"2.0","id":1,"method":"tools/list"}"#;
+
+struct World {
+    deploy: Deploy,
+    agent_id: String,
+    /// With the agent's certificate.
+    wire: Wire,
+    /// Without one.
+    plain: Wire,
+}
+
+impl World {
+    fn new(database: Database, settings: &[(&str, &str)]) -> Self {
+        let mut deploy = Deploy::empty().on(database);
+        for (name, value) in settings {
+            deploy = deploy.set(name, value);
+        }
+        deploy.start();
+        let body = json!({ "agent_name": "agent", "capabilities": [] });
+        let created = deploy.admin_post("/v1/admin/agents", &body).expect(201);
+        let text = |name: &str| created[name].as_str().unwrap().to_owned();
+        let ca = deploy.get("/pki/ca.crt").body;
+        let wire = Wire::new(deploy.port(), &ca, Some((&text("cert_pem"), &text("private_key_pem"))));
+        let plain = Wire::new(deploy.port(), &ca, None);
+        Self { agent_id: text("agent_id"), wire, plain, deploy }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.deploy.url())
+    }
+
+    /// An assertion that the server signs with the agent's key.
+    fn assertion(&self) -> String {
+        let answer = self.wire.send("POST", "/v1/auth/sign-assertion", &[], "");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.json()["agent_id"], self.agent_id.as_str());
+        assert!(answer.json()["mastio_signature"].as_str().unwrap().len() > 80);
+        answer.json()["client_assertion"].as_str().unwrap().to_owned()
+    }
+
+    fn mint(&self, assertion: &str, proof: &str) -> Response {
+        let body = json!({ "client_assertion": assertion }).to_string();
+        self.plain.send("POST", TOKEN, &[JSON, ("DPoP", proof)], &body)
+    }
+
+    fn own_path(&self) -> String {
+        format!("/v1/egress/agents/{}/public-key", self.agent_id)
+    }
+
+    /// The agent fetches its own chain, with a proof or without.
+    fn fetch(&self, proof: Option<&str>) -> Response {
+        let headers: Vec<(&str, &str)> = proof.iter().map(|proof| ("DPoP", *proof)).collect();
+        self.wire.send("GET", &self.own_path(), &headers, "")
+    }
+
+    fn register(&self, key: &Key) {
+        let path = format!("/v1/admin/agents/{}/dpop-jwk", self.agent_id);
+        self.deploy.admin_post(&path, &json!({ "jwk": key.jwk() })).expect(200);
+    }
+}
+
+fn proof(key: &Key, method: &str, url: &str, token: Option<&str>, nonce: &str) -> String {
+    let (header, claims) = key.proof_parts(method, url, token);
+    key.sign(&header, &with(&claims, &json!({ "nonce": nonce })))
+}
+
+/// The nonce of an answer that asks for one.
+fn asked(answer: &Response, status: u16) -> String {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert!(answer.body.contains("use_dpop_nonce"), "{answer:?}");
+    answer.header("DPoP-Nonce").unwrap().to_owned()
+}
+
+#[test]
+fn an_agent_whose_key_the_server_holds_logs_in_by_its_certificate_alone() {
+    let world = World::new(Database::Sqlite, &[]);
+    let key = Key::new();
+    let assertion = world.assertion();
+    let answer = world.mint(&assertion, &key.proof("POST", &world.url(TOKEN), None));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let again = world.mint(&assertion, &key.proof("POST", &world.url(TOKEN), None));
+    assert_eq!(again.status, 401, "it is used once");
+    assert_eq!(world.plain.send("POST", "/v1/auth/sign-assertion", &[], "").status, 401);
+    // A key that is not here cannot be signed with, and the agent is told so.
+    world.deploy.sql(&format!("DELETE FROM proxy_config WHERE key = 'agent_key:{}'", world.agent_id));
+    let gone = world.wire.send("POST", "/v1/auth/sign-assertion", &[], "");
+    assert_eq!(gone.status, 404);
+    assert_eq!(gone.json()["detail"], "agent credentials not available on proxy");
+}
+
+fn with_nonces(database: Database) {
+    let mut world = World::new(database, &[("MCP_PROXY_DPOP_NONCE", "true")]);
+    let key = Key::new();
+    let (url, assertion) = (world.url(TOKEN), world.assertion());
+    let nonce = asked(&world.mint(&assertion, &key.proof("POST", &url, None)), 401);
+    for stale in ["", "x", "AAAAAAAAAAAAAAAAAAAAAA"] {
+        assert_eq!(asked(&world.mint(&assertion, &proof(&key, "POST", &url, None, stale)), 401), nonce);
+    }
+    // The same assertion again: nothing was used up by asking.
+    let answer = world.mint(&assertion, &proof(&key, "POST", &url, None, &nonce));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let token = answer.json()["access_token"].as_str().unwrap().to_owned();
+    let use_with = |world: &World, proof: &str| {
+        let scheme = format!("DPoP {token}");
+        world.plain.send("POST", MCP, &[JSON, ("Authorization", &scheme), ("DPoP", proof)], LIST)
+    };
+    let mcp = world.url(MCP);
+    let asked_again = use_with(&world, &key.proof("POST", &mcp, Some(&token)));
+    assert_eq!(asked(&asked_again, 401), nonce);
+    assert!(asked_again.header("WWW-Authenticate").unwrap().contains("error=\"use_dpop_nonce\""));
+    // The secret is in the database: what one process gave out, the next one takes.
+    world.deploy.restart();
+    let answer = use_with(&world, &proof(&key, "POST", &mcp, Some(&token), &nonce));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(answer.header("DPoP-Nonce"), Some(nonce.as_str()));
+    // An ordinary client is asked as RFC 9449 §8 has it.
+    let claims = json!({ "iss": world.agent_id, "sub": world.agent_id, "jti": unique(), "exp": now() + 60 });
+    let form = format!(
+        "grant_type=client_credentials&client_assertion_type=urn:ietf:params:oauth:client-assertion-type:jwt-bearer\
+         &client_assertion={}",
+        key.sign(&json!({ "alg": "ES256" }), &claims)
+    );
+    let headers =
+        [("Content-Type", "application/x-www-form-urlencoded"), ("DPoP", &key.proof("POST", &url, None))];
+    let answer = world.plain.send("POST", TOKEN, &headers, &form);
+    assert_eq!(asked(&answer, 400), nonce);
+    assert_eq!(answer.json()["error"], "use_dpop_nonce");
+    let refused = world.deploy.admin_get("/v1/admin/audit?event_type=auth.refused").expect(200);
+    let reasons: Vec<&Value> =
+        refused.as_array().unwrap().iter().map(|event| &event["details"]["reason"]).collect();
+    assert!(reasons.contains(&&json!("proof_nonce_missing")), "{reasons:?}");
+    assert!(reasons.contains(&&json!("proof_nonce_mismatch")), "{reasons:?}");
+}
+
+#[test]
+fn a_required_nonce_is_asked_for_given_and_survives_a_restart_on_sqlite() {
+    with_nonces(Database::Sqlite);
+}
+
+#[test]
+fn a_required_nonce_is_asked_for_given_and_survives_a_restart_on_postgresql() {
+    with_nonces(Database::Postgres);
+}
+
+#[test]
+fn a_persistent_key_is_proved_rotated_and_in_grace() {
+    let world = World::new(Database::Sqlite, &[]);
+    let url = world.url(&world.own_path());
+    let (first, second, third) = (Key::new(), Key::new(), Key::new());
+    // Optional: the certificate alone suffices, and a proof needs a nonce.
+    assert_eq!(world.fetch(None).status, 200);
+    let nonce = asked(&world.fetch(Some(&first.proof("GET", &url, None))), 401);
+    let by = |key: &Key| world.fetch(Some(&proof(key, "GET", &url, None, &nonce)));
+    assert_eq!(by(&first).status, 200, "no key is registered yet");
+    world.register(&first);
+    assert_eq!(by(&first).status, 200);
+    let refused = by(&second);
+    assert_eq!(refused.status, 401, "{refused:?}");
+    assert!(!refused.body.contains("use_dpop_nonce"));
+    let once = proof(&first, "GET", &url, None, &nonce);
+    assert_eq!(world.fetch(Some(&once)).status, 200);
+    assert_eq!(world.fetch(Some(&once)).json()["detail"], "DPoP proof replay detected");
+    // Rotated: the former key is good for 48 hours, and no other.
+    world.register(&second);
+    assert_eq!((by(&second).status, by(&first).status, by(&third).status), (200, 200, 401));
+    let until = "previous_grace_period_expires_at";
+    world.deploy.sql(&format!("UPDATE internal_agents SET {until} = '2026-01-01T00:00:00Z'"));
+    let _seen = harness::wait_for("the end of the grace", || (by(&first).status == 401).then_some(()));
+    assert_eq!(by(&second).status, 200);
+
+    let strict = World::new(Database::Sqlite, &[("CULLIS_EGRESS_DPOP_MODE", "required")]);
+    let url = strict.url(&strict.own_path());
+    assert_eq!(strict.fetch(None).status, 401);
+    let nonce = asked(&strict.fetch(Some(&first.proof("GET", &url, None))), 401);
+    assert_eq!(strict.fetch(Some(&proof(&first, "GET", &url, None, &nonce))).status, 401, "not registered");
+    strict.register(&first);
+    assert_eq!(strict.fetch(Some(&proof(&first, "GET", &url, None, &nonce))).status, 200);
+}
