@@ -18,7 +18,7 @@ const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 const settings = JSON.parse(process.argv[2]);
 const { url, secret, migration } = settings;
 const update = `/proxy/updates/${migration}`;
-const pages = ["/proxy", "/proxy/updates", update, "/proxy/agents", "/proxy/pki", "/proxy/mastio-key", "/proxy/audit", "/proxy/settings"];
+const pages = ["/proxy", "/proxy/updates", update, "/proxy/agents", "/proxy/enrollments", "/proxy/pki", "/proxy/mastio-key", "/proxy/audit", "/proxy/settings"];
 
 const browser = await chromium.launch({
   executablePath: process.env.MASTIO_TEST_CHROMIUM,
@@ -275,7 +275,82 @@ async function withoutScripts() {
   assert.equal(await checks(page, "bad"), 0);
 }
 
-const stories = { mouse: byMouse, afterwards: byMouseAfterwards, keyboard: byKeyboard, noscript: withoutScripts };
+// Somebody asks with the SDK while the page is open; an operator decides by hand, and looks after the agent.
+async function enrollments() {
+  const page = await open();
+  await signIn(page, "/proxy/enrollments");
+  await page.getByText("Nobody waits.").waitFor();
+  await judge(page, "no enrollment");
+  // Whoever runs this story lets two clients ask now.
+  fs.rmSync(settings.hold);
+  await page.getByRole("link", { name: "Ada <img src=x onerror=alert(1)>" }).waitFor();
+  await page.getByRole("link", { name: "Mallory" }).waitFor();
+  await judge(page, "enrollments that wait");
+  await shot(page, "enrollments");
+  await page.getByRole("link", { name: /^Ada/ }).click();
+  await page.getByRole("heading", { name: "What will be issued" }).waitFor();
+  await judge(page, "an enrollment");
+  await shot(page, "enrollment");
+  await page.getByLabel("Agent's name").fill("not a name");
+  await page.getByRole("button", { name: "Approve" }).click();
+  await page.getByText(/agent_name must be/).waitFor();
+  await page.goBack();
+  await page.getByLabel("Agent's name").fill("billing");
+  await page.getByLabel("Capabilities").fill("invoices.read invoices.write");
+  await page.getByRole("button", { name: "Approve" }).click();
+  await page.waitForURL("**/proxy/agents/*billing");
+  await page.getByText("invoices.read, invoices.write").waitFor();
+  await page.goto("/proxy/enrollments");
+  await page.getByRole("link", { name: "Mallory" }).click();
+  await page.getByLabel("What the requester is told").fill("nobody knows you");
+  await page.getByRole("button", { name: "Reject" }).click();
+  await page.waitForURL("**/proxy/enrollments");
+  for (const status of ["approved", "rejected", "expired"]) {
+    await page.getByRole("link", { name: status, exact: true }).click();
+    await page.waitForURL(`**status=${status}`);
+    assert.equal(await page.locator("tbody tr").count(), status === "expired" ? 0 : 1, status);
+    await judge(page, `enrollments that are ${status}`);
+  }
+  await page.getByRole("link", { name: "rejected", exact: true }).click();
+  await page.getByRole("link", { name: "Mallory" }).click();
+  await page.getByText("It was told: nobody knows you").waitFor();
+  assert.equal(await page.getByRole("button", { name: "Approve" }).count(), 0);
+  await judge(page, "a rejected enrollment");
+
+  await page.goto("/proxy/agents");
+  await page.getByRole("link", { name: /::billing$/ }).click();
+  const serial = () => page.locator(".card dd code").first().textContent();
+  const before = await serial();
+  const deed = async (summary, button) => {
+    await page.getByText(summary, { exact: true }).click();
+    await page.getByRole("button", { name: button, exact: true }).click();
+    await page.waitForURL("**/proxy/agents/*billing");
+  };
+  await deed("Issue its certificate again", "Issue again");
+  assert.notEqual(await serial(), before);
+  await deed("Deactivate it", "Deactivate");
+  await page.locator("h1 .badge", { hasText: "inactive" }).waitFor();
+  for (const summary of await page.locator(".deed summary").all()) await summary.click();
+  await judge(page, "an agent and what can be done with it");
+  await page.reload();
+  await deed("Reactivate it", "Reactivate");
+  await page.locator("h1 .badge.good").waitFor();
+  await page.getByText("Delete it", { exact: true }).click();
+  await page.getByLabel(/^Type/).fill("somebody else");
+  await page.getByRole("button", { name: "Delete", exact: true }).click();
+  await page.getByText("nothing was deleted").waitFor();
+  await page.goBack();
+  await page.reload();
+  await page.getByText("Delete it", { exact: true }).click();
+  await page.getByLabel(/^Type/).fill((await page.locator("h1").textContent()).trim().split(" ")[0]);
+  await page.getByRole("button", { name: "Delete", exact: true }).click();
+  await page.waitForURL("**/proxy/agents");
+  await page.getByText("No agent yet.").waitFor();
+  await judge(page, "no agent");
+}
+
+const stories = {
+  enrollments, mouse: byMouse, afterwards: byMouseAfterwards, keyboard: byKeyboard, noscript: withoutScripts };
 try {
   await stories[settings.story]();
   assert.deepEqual(wrongs, []);

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 13] = [
+const PAGES: [&str; 15] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -24,6 +24,8 @@ const PAGES: [&str; 13] = [
     "/proxy/updates/2026-04-23-org-ca-pathlen-1/rollback-review",
     "/proxy/agents",
     "/proxy/agents/acme::agent-0001",
+    "/proxy/enrollments",
+    "/proxy/enrollments?status=rejected",
     "/proxy/pki",
     "/proxy/mastio-key",
     "/proxy/audit",
@@ -125,7 +127,7 @@ fn no_route_tells_or_changes_anything_without_a_session() {
     let open = ["/proxy/login", "/proxy/assets/{name}"];
     for route in routes.into_iter().filter(|route| !open.contains(route)) {
         let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
-        let path = path.replace("{seq}", "1");
+        let path = path.replace("{seq}", "1").replace("{session_id}", "no-such-request");
         assert!(!path.contains('{'), "{route}: say in this test what it names");
         for arguments in [&[][..], &["-d", "confirm=yes"]] {
             let answer = deploy.curl(&path, arguments);
@@ -494,6 +496,48 @@ fn the_page_s_story_by_mouse_on_sqlite() {
 #[test]
 fn the_page_s_story_by_mouse_on_postgresql() {
     by_mouse(Database::Postgres);
+}
+
+/// Two clients of the SDK wait for what an operator decides by hand.
+#[test]
+fn an_operator_decides_over_enrollments_while_the_sdk_waits() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let hold = deploy.folder().join("hold");
+    fs::write(&hold, "").unwrap();
+    let ca = deploy.folder().join("ca.crt");
+    fs::write(&ca, deploy.get("/pki/ca.crt").body).unwrap();
+    let ask = |name: &str| {
+        let mut agent = Agent::bare(Python::Plain);
+        let request = json!({
+            "cmd": "enroll", "mastio_url": deploy.url(), "ca": ca, "save_to": deploy.folder().join(&name[..3]),
+            "requester_name": name, "requester_email": "somebody@example.com", "poll_interval_s": 0.5,
+            "reason": "</dd><script>alert(1)</script>", "device_info": "\"><script>alert(1)</script>",
+        });
+        agent.ask(&request).unwrap();
+        agent
+    };
+    std::thread::scope(|scope| {
+        let told = scope.spawn(|| tell(&deploy, "enrollments", &hold));
+        wait_for("the page", || (!hold.exists() || told.is_finished()).then_some(()));
+        let (mut ada, mut mallory) = (ask("Ada <img src=x onerror=alert(1)>"), ask("Mallory"));
+        ada.ask(&json!({ "cmd": "enroll-wait" })).unwrap();
+        let raised = mallory.ask(&json!({ "cmd": "enroll-wait" })).unwrap_err();
+        assert!(raised.text.contains("nobody knows you"), "{raised:?}");
+        told.join().unwrap();
+    });
+    let events = deploy.admin_get("/v1/admin/audit?limit=1000").expect(200);
+    let of = |name: &str| {
+        let mut found = events.as_array().unwrap().iter().filter(|event| event["event_type"] == name);
+        assert_eq!(found.next().unwrap_or_else(|| panic!("no {name} in {events}"))["actor"], "admin");
+    };
+    for name in ["enrollment.approved", "enrollment.rejected", "agent.certificate_renewed"] {
+        of(name);
+    }
+    for name in ["agent.deactivated", "agent.reactivated", "agent.deleted"] {
+        of(name);
+    }
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
 }
 
 #[test]

@@ -35,6 +35,9 @@ pub enum DashboardError {
     /// The form is not one of ours.
     #[error("the form cannot be read")]
     Malformed,
+    /// A form that has no way back does not name what it is about.
+    #[error("nothing was deleted: type {0} to delete it")]
+    OtherName(String),
     /// There is no such thing.
     #[error("there is no {0}")]
     NotFound(String),
@@ -58,7 +61,7 @@ impl Problem for DashboardError {
             Self::SignedOut { .. } => Kind::Unauthenticated,
             Self::WrongSecret | Self::ForeignForm => Kind::Denied,
             Self::TooManyTries { .. } | Self::TooManyFollowers => Kind::Limited,
-            Self::Malformed => Kind::Invalid,
+            Self::Malformed | Self::OtherName(_) => Kind::Invalid,
             Self::NotFound(_) => Kind::NotFound,
             Self::Render(_) => Kind::Internal,
             Self::Update(error) => error.kind(),
@@ -70,6 +73,10 @@ impl Problem for DashboardError {
     fn detail(&self) -> serde_json::Value {
         match self {
             Self::Update(error) => error.detail(),
+            // The API's shape for a field is for programs.
+            Self::Enrollment(error @ EnrollmentError::Field { .. }) => {
+                serde_json::Value::String(error.to_string())
+            }
             Self::Enrollment(error) => error.detail(),
             Self::Store(error) => error.detail(),
             other => serde_json::Value::String(other.to_string()),

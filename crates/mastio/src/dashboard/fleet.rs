@@ -5,7 +5,7 @@ use mastio_core::x509::Certificate;
 
 use super::error::DashboardError;
 use super::trust::{CertificateView, Event, events};
-use super::{Dashboard, Frame, urlencoded};
+use super::{Dashboard, Frame};
 use crate::audit::Filter;
 use crate::enrollment::Agent;
 use crate::http::authn::Session;
@@ -89,10 +89,7 @@ impl Dashboard {
         let chain = chain.iter().zip(roles).map(|(certificate, role)| CertificateView::of(role, certificate));
         let filter = Filter { subject: Some(agent.agent_id.clone()), limit: EVENTS, ..Filter::default() };
         Ok(AgentPage {
-            command: format!(
-                "curl -sk https://localhost:9443/v1/egress/agents/{}/public-key \\\n  --cert agent.crt --key agent.key | jq",
-                urlencoded(&agent.agent_id)
-            ),
+            command: format!("mastio agents show {}", agent.agent_id),
             events: events(&self.pki().store, &filter).await?,
             frame: self.frame(Some(session), "agents", agent.agent_id.clone()).await?,
             chain: chain.collect(),

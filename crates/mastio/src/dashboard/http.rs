@@ -17,6 +17,7 @@ use futures_util::StreamExt as _;
 use mastio_core::error::Kind;
 use serde::Deserialize;
 
+use super::enrollments::EnrollmentsQuery;
 use super::error::DashboardError;
 use super::trust::AuditQuery;
 use super::{Dashboard, assets, session, urlencoded};
@@ -46,6 +47,15 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/updates/{migration_id}/rollback-review", get(show_rollback_plan).post(begin_rollback))
         .route("/proxy/agents", get(show_agents))
         .route("/proxy/agents/{agent_id}", get(show_agent))
+        .route("/proxy/agents/{agent_id}/deactivate", post(deactivate_agent))
+        .route("/proxy/agents/{agent_id}/reactivate", post(reactivate_agent))
+        .route("/proxy/agents/{agent_id}/renew", post(renew_agent))
+        .route("/proxy/agents/{agent_id}/delete", post(delete_agent))
+        .route("/proxy/enrollments", get(show_enrollments))
+        .route("/proxy/enrollments/rows", get(show_enrollment_rows))
+        .route("/proxy/enrollments/{session_id}", get(show_enrollment))
+        .route("/proxy/enrollments/{session_id}/approve", post(approve_enrollment))
+        .route("/proxy/enrollments/{session_id}/reject", post(reject_enrollment))
         .route("/proxy/pki", get(show_pki))
         .route("/proxy/mastio-key", get(show_keys))
         .route("/proxy/settings", get(show_settings))
@@ -207,6 +217,11 @@ struct Sent {
 }
 
 impl Sent {
+    /// What stands in a field; nothing where the form has none of that name.
+    fn field(&self, name: &str) -> &str {
+        self.fields.get(name).map_or("", |value| value.trim())
+    }
+
     fn confirms(&self) -> Result<(), UpdateError> {
         if self.fields.get("confirm").is_some_and(|value| value == "yes") {
             Ok(())
@@ -409,6 +424,97 @@ async fn show_agent(
     Path(agent_id): Path<String>,
 ) -> Shown {
     html(&dashboard.agent_page(&session, &agent_id).await?)
+}
+
+fn agent_path(agent_id: &str) -> String {
+    format!("/proxy/agents/{}", urlencoded(agent_id))
+}
+
+async fn deactivate_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    dashboard.agents.deactivate(&agent_id, &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+async fn reactivate_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    dashboard.agents.reactivate(&agent_id, &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+/// Another certificate for the key that the agent has.
+async fn renew_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    dashboard.agents.renew(&agent_id, None, None, &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+/// There is no way back: the form has to say whose name it is.
+async fn delete_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    if sent.field("confirm") != agent_id {
+        return Err(DashboardError::OtherName(agent_id).into());
+    }
+    dashboard.agents.delete(&agent_id, &sent.session.actor).await?;
+    Ok(see_other("/proxy/agents"))
+}
+
+async fn show_enrollments(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<EnrollmentsQuery>,
+) -> Shown {
+    html(&dashboard.enrollments_page(&session, &query).await?)
+}
+
+async fn show_enrollment_rows(
+    State(dashboard): State<Arc<Dashboard>>,
+    _viewer: Viewer,
+    Query(query): Query<EnrollmentsQuery>,
+) -> Shown {
+    html(&dashboard.enrollment_rows(&query).await?)
+}
+
+async fn show_enrollment(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(session_id): Path<String>,
+) -> Shown {
+    html(&dashboard.enrollment_page(&session, &session_id).await?)
+}
+
+async fn approve_enrollment(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(session_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let capabilities: Vec<String> =
+        sent.field("capabilities").split_whitespace().map(str::to_owned).collect();
+    let agent_id = sent.field("agent_id");
+    let agent_id =
+        dashboard.agents.approve(&session_id, agent_id, &capabilities, &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+async fn reject_enrollment(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(session_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    dashboard.agents.reject(&session_id, sent.field("reason"), &sent.session.actor).await?;
+    Ok(see_other("/proxy/enrollments"))
 }
 
 async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {

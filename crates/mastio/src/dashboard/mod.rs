@@ -10,6 +10,7 @@ mod assets;
 mod backoff;
 mod chart;
 mod checks;
+mod enrollments;
 pub mod error;
 mod fleet;
 mod follow;
