@@ -35,6 +35,7 @@ use crate::http::limits::{self, RateLimit};
 use crate::http::server::{self, Server};
 use crate::http::urls::ExternalUrls;
 use crate::metrics::{self, Metrics};
+use crate::operators::{self, Operators};
 use crate::pki::sealing::{self, SealingError};
 use crate::pki::tls::{ServerNames, Tls};
 use crate::pki::{self, Pki, PkiError, bootstrap};
@@ -306,13 +307,20 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         stopping: Arc::clone(&stopping),
     };
     let secret = AdminSecret::new(config.admin_secret.clone());
-    let dashboard = Arc::new(Dashboard::new(health.clone(), Arc::clone(&agents), secret.clone(), settings));
     let proofs = ProofLayer {
         tokens: Arc::clone(&tokens),
         urls: urls.clone(),
         egress: config.egress_dpop,
         refusals: refusals.clone(),
     };
+    let operators = Arc::new(Operators::new(pki.store.clone(), Arc::clone(&pki.entropy), secret.clone()));
+    let dashboard = Arc::new(Dashboard::new(
+        health.clone(),
+        Arc::clone(&agents),
+        Arc::clone(&operators),
+        secret,
+        settings,
+    ));
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
@@ -321,14 +329,16 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         .merge(gateway::routes(gateway))
         .merge(updates::http::routes(Arc::clone(&updates)))
         .merge(crate::audit::http::routes(pki.store.clone()))
+        .merge(operators::http::routes(Arc::clone(&operators)))
         .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
         .layer(middleware::from_fn_with_state(proofs.clone(), tokens::http::prove_persistent_key))
         .layer(middleware::from_fn_with_state(proofs, tokens::http::offer_nonce))
+        // Whoever a session stands for must be known before the guard asks: what is added later runs earlier.
+        .layer(middleware::from_fn_with_state(operators, operators::http::guard))
         .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
-        .layer(axum::Extension(secret))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn_with_state(config.trusted_front.clone(), crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);

@@ -4,6 +4,7 @@
 //! directory ([`remote`]), and opens the database itself when none does ([`local`]). Both answer with the JSON of the
 //! HTTP API; [`table`] shows it to people, `--json` prints it as it is.
 
+mod admin;
 mod fleet;
 mod local;
 pub(crate) mod remote;
@@ -90,6 +91,9 @@ enum Command {
     /// Give services beside this one a credential to ask about access tokens with.
     #[command(subcommand)]
     ResourceServers(ResourceServersCommand),
+    /// Add, list and deactivate operators.
+    #[command(subcommand)]
+    Admin(admin::AdminCommand),
     /// Look at a predecessor's database without changing it.
     Adopt {
         /// Say whether it can be adopted and what would happen. The only mode: adoption itself is `serve`'s.
@@ -357,6 +361,7 @@ async fn execute(command: Command) -> Result<(), Failure> {
             })
         }
         Command::ResourceServers(command) => resource_servers::run(command).await,
+        Command::Admin(command) => admin::execute(command).await,
         Command::Adopt { check: _, target } => match way(&target)? {
             Way::Server(_) => {
                 Err(Failure::Refused("a server runs on this database: it is adopted already".to_owned()))
@@ -694,12 +699,13 @@ enum Way {
 fn way(target: &Target) -> Result<Way, Failure> {
     let config = resolve(&target.flags, AdminSecret::Optional)?.config;
     let server = |url: &str, ca: Option<&Path>| {
-        if config.admin_secret.is_empty() {
+        let credential = config.operator_credential.as_ref().unwrap_or(&config.admin_secret);
+        if credential.is_empty() {
             let next_step =
                 "the server at this address asks for it; set it in the environment or name its --env-file";
             return Err(ConfigError::Missing { name: "MCP_PROXY_ADMIN_SECRET", next_step }.into());
         }
-        Remote::new(url, ca, &config.admin_secret).map(Way::Server)
+        Remote::new(url, ca, credential).map(Way::Server)
     };
     if let Some(url) = &target.url {
         return server(url, target.ca.as_deref());
@@ -846,6 +852,10 @@ mod tests {
             "enrollments approve abc --agent-id billing --capability invoices.read",
             "enrollments reject abc --reason unknown",
             "pki issue-byoca --csr agent.csr --agent-name billing",
+            "admin add alice --role viewer --json",
+            "admin list",
+            "admin deactivate alice",
+            "admin reset-password alice",
             "adopt --check",
             "database copy --to postgres://cullis@db/cullis",
         ] {
@@ -863,6 +873,8 @@ mod tests {
             "updates apply x --all",
             "updates apply --all --plan-digest 00ff",
             "audit list --limit 0",
+            "admin add",
+            "admin add alice --role emperor",
             "adopt",
             "agents add",
             "agents list --limit 0",

@@ -45,6 +45,8 @@ pub struct Config {
     pub init: bool,
     /// `MCP_PROXY_ADMIN_SECRET`. Empty only for commands that do not serve.
     pub admin_secret: String,
+    /// `MCP_PROXY_OPERATOR_CREDENTIAL`: who the command line is, `NAME:SECRET`.
+    pub operator_credential: Option<String>,
     /// `MCP_PROXY_ORG_ID`, for a new organisation.
     pub org_id: Option<String>,
     /// `MCP_PROXY_TRUST_DOMAIN`, default `cullis.local`.
@@ -115,6 +117,7 @@ pub struct Setting {
 }
 
 const ADMIN_SECRET: &str = "MCP_PROXY_ADMIN_SECRET";
+const OPERATOR_CREDENTIAL: &str = "MCP_PROXY_OPERATOR_CREDENTIAL";
 const ORG_ID: &str = "MCP_PROXY_ORG_ID";
 const TRUST_DOMAIN: &str = "MCP_PROXY_TRUST_DOMAIN";
 const PUBLIC_URL: &str = "MCP_PROXY_PROXY_PUBLIC_URL";
@@ -176,7 +179,7 @@ impl EgressDpop {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 21] = [
+pub const SETTINGS: [Setting; 22] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -196,6 +199,12 @@ pub const SETTINGS: [Setting; 21] = [
         "admin-secret",
         "SECRET",
         "What operators send as X-Admin-Secret; generated into proxy.env where nothing is configured",
+    )),
+    secret(setting(
+        OPERATOR_CREDENTIAL,
+        "operator-credential",
+        "NAME:SECRET",
+        "Whom the command line speaks for; without it for whoever has the admin secret",
     )),
     setting(ORG_ID, "org-id", "ID", "The id of a new organisation; an existing one keeps its own"),
     with_default(
@@ -692,6 +701,7 @@ impl Values {
             database_url_given: self.given(DATABASE_URL).is_some(),
             init,
             admin_secret: self.admin_secret()?,
+            operator_credential: self.operator_credential()?,
             org_id: self.read_given(ORG_ID, "1 to 64 letters, digits, '.', '_' or '-'", |text| {
                 is_name(text, 64, false).then(|| text.to_owned())
             })?,
@@ -778,6 +788,18 @@ impl Values {
         }
         let reason = "has a character that an HTTP header cannot carry: use visible ASCII without spaces";
         Err(self.wrong(ADMIN_SECRET, reason.to_owned()))
+    }
+
+    fn operator_credential(&self) -> Result<Option<String>, ConfigError> {
+        let Some(text) = self.given(OPERATOR_CREDENTIAL).map(str::trim) else { return Ok(None) };
+        let plain = text.bytes().all(|byte| byte.is_ascii_graphic());
+        match text.split_once(':') {
+            Some((name, secret)) if plain && !name.is_empty() && !secret.is_empty() => {
+                Ok(Some(text.to_owned()))
+            }
+            _ => Err(self
+                .wrong(OPERATOR_CREDENTIAL, "is not NAME:SECRET, as mastio admin add shows it".to_owned())),
+        }
     }
 
     fn tls_files(&self) -> Result<Option<(PathBuf, PathBuf)>, ConfigError> {

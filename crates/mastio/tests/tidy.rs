@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mastio::operators::access;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_owned()
 }
@@ -161,8 +163,9 @@ fn commits_without_an_event_have_a_closed_list_of_callers() {
             "store/ephemeral.rs",
             // Clearing a journal mark.
             "store/adopt/mod.rs",
-            // A session's last sign of life.
+            // A session's and an operator's last sign of life.
             "dashboard/session.rs",
+            "operators/mod.rs",
             // The journal of update runs.
             "updates/engine.rs",
             "updates/mod.rs",
@@ -189,12 +192,53 @@ fn the_halt_imports_only_what_everyone_may() {
 
 #[test]
 fn http_imports_no_capability() {
-    for capability in ["pki", "tokens", "enrollment", "gateway", "updates", "audit", "app"] {
+    for capability in ["pki", "tokens", "enrollment", "gateway", "updates", "audit", "operators", "app"] {
         let found: Vec<_> = offenders(SERVER, &format!("crate::{capability}"), &[])
             .into_iter()
             .filter(|line| line.starts_with("http/"))
             .collect();
         assert!(found.is_empty(), "{found:?}");
+    }
+}
+
+/// `.route("/path", get(…).post(…))` of every router in the server's source, as method and path.
+fn routes() -> Vec<(String, String)> {
+    let mut routes = Vec::new();
+    for (name, text) in sources(SERVER).into_iter().filter(|(name, _)| name.ends_with("http.rs")) {
+        for rest in text.split(".route(").skip(1) {
+            let rest = rest.trim_start();
+            let Some((path, rest)) = rest.strip_prefix('"').and_then(|rest| rest.split_once('"')) else {
+                continue;
+            };
+            // Up to where the call of `route` ends.
+            let mut depth = 1;
+            let end = rest.find(|c| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                depth == 0
+            });
+            let handlers = &rest[..end.unwrap_or_else(|| panic!("{name}: a route without an end: {path}"))];
+            for method in ["get", "post", "put", "patch", "delete"] {
+                let called = |prefix: &str| handlers.contains(&format!("{prefix}{method}("));
+                if called(" ") || called(".") || called("\n") {
+                    routes.push((method.to_ascii_uppercase(), path.to_owned()));
+                }
+            }
+        }
+    }
+    routes
+}
+
+#[test]
+fn every_route_of_an_operator_says_which_role_it_asks_for() {
+    let routes: Vec<_> = routes().into_iter().filter(|(_, path)| access::governs(path)).collect();
+    assert!(routes.len() > 30, "{routes:?}");
+    for (method, path) in &routes {
+        let listed = access::TABLE.iter().any(|(known, route, _)| known == method && route == path);
+        assert!(listed, "{method} {path} lets nobody in: give it a line in operators/access.rs");
+    }
+    for (method, path, _) in access::TABLE {
+        let there = routes.iter().any(|(known, route)| known == method && route == path);
+        assert!(there, "operators/access.rs names {method} {path}, and no router has it");
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 pub struct Event {
     /// What kind of thing.
     pub event_type: EventType,
-    /// Who did it: `admin`, `system`, or an agent's id.
+    /// Who did it: `admin` (the shared secret), an operator's name, `system`, or an agent's id.
     pub actor: String,
     /// What it was done to. A JSON object without floats.
     pub details: Value,
@@ -131,6 +131,12 @@ event_types! {
     DashboardLoginFailed = "dashboard.login_failed",
     /// An operator signed out of the dashboard.
     DashboardLogout = "dashboard.logout",
+    /// An operator was given a secret of their own.
+    OperatorAdded = "admin.operator_added",
+    /// An operator was deactivated.
+    OperatorDeactivated = "admin.operator_deactivated",
+    /// An operator was given another secret.
+    OperatorSecretReset = "admin.operator_secret_reset",
     /// The head of this chain was signed.
     AuditHeadSigned = "audit.head_signed",
 }

@@ -3,6 +3,7 @@
 //! Used when no server holds the data directory; the deploy is opened as `serve` opens it, lock included, so what a
 //! boot would find and finish is found and finished here too. Each function answers with the JSON of its HTTP twin.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use futures_util::StreamExt as _;
@@ -15,8 +16,10 @@ use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::enrollment::{Agent, Agents, EnrollmentError};
 use crate::entropy::Entropy;
+use crate::http::authn::{AdminSecret, Role};
 use crate::http::error::chain;
 use crate::http::limits::RateLimit;
+use crate::operators::Operators;
 use crate::pki::bootstrap;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
 use crate::tokens::resource_servers::{self, ResourceServer, created_json};
@@ -43,6 +46,51 @@ fn exists(config: &Config) -> Result<(), Failure> {
         )));
     }
     Ok(())
+}
+
+/// Whom the audit log names: the operator whose credential is set, or whoever types commands on this machine.
+async fn actor(config: &Config, deploy: &Deploy) -> Result<String, Failure> {
+    let Some(credential) = &config.operator_credential else { return Ok(ACTOR.to_owned()) };
+    let now = deploy.pki.clock.now().seconds();
+    let caller = operators(config, deploy)
+        .authenticate(credential.as_bytes(), IpAddr::V4(Ipv4Addr::LOCALHOST), now)
+        .await
+        .map_err(|error| Failure::of(&error))?;
+    Ok(caller.actor)
+}
+
+fn operators(config: &Config, deploy: &Deploy) -> Operators {
+    let shared = AdminSecret::new(config.admin_secret.clone());
+    Operators::new(deploy.pki.store.clone(), Arc::clone(&deploy.pki.entropy), shared)
+}
+
+/// The rows of `GET /v1/admin/operators`.
+pub(super) async fn list_operators(config: &Config) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    operators(config, &deploy).to_json().await.map_err(|error| unreadable(&error))
+}
+
+/// The answer of `POST /v1/admin/operators`.
+pub(super) async fn add_operator(config: &Config, name: &str, role: Role) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let issued = operators(config, &deploy).add(name, role, &actor).await;
+    issued.map(|issued| issued.to_json()).map_err(|error| Failure::of(&error))
+}
+
+/// What `DELETE /v1/admin/operators/{name}` does.
+pub(super) async fn deactivate_operator(config: &Config, name: &str) -> Result<(), Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    operators(config, &deploy).deactivate(name, &actor).await.map_err(|error| Failure::of(&error))
+}
+
+/// The answer of `POST /v1/admin/operators/{name}/reset-password`.
+pub(super) async fn reset_password(config: &Config, name: &str) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let issued = operators(config, &deploy).reset_secret(name, &actor).await;
+    issued.map(|issued| issued.to_json()).map_err(|error| Failure::of(&error))
 }
 
 fn unreadable(error: &StoreError) -> Failure {
@@ -93,7 +141,8 @@ pub(super) async fn change_update(
     let reports = deploy.updates.follow(id, false).await.map_err(|error| Failure::of(&error))?;
     // An ended stream stays ended: the run's own answer is what is waited for.
     let reports = reports.chain(futures_util::stream::pending());
-    let run = deploy.updates.change(id, direction, ACTOR, plan_digest);
+    let actor = actor(config, &deploy).await?;
+    let run = deploy.updates.change(id, direction, &actor, plan_digest);
     tokio::pin!(run, reports);
     loop {
         tokio::select! {
@@ -161,8 +210,9 @@ pub async fn verify_audit(config: &Config) -> Result<Value, Failure> {
 /// The answer of `POST /v1/admin/pki/byoca-certificates`.
 pub async fn issue_byoca(config: &Config, agent_name: &str, csr_pem: &str) -> Result<Value, Failure> {
     let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
     let issued =
-        deploy.pki.issue_byoca(agent_name, csr_pem, ACTOR).await.map_err(|error| Failure::of(&error))?;
+        deploy.pki.issue_byoca(agent_name, csr_pem, &actor).await.map_err(|error| Failure::of(&error))?;
     Ok(json!({
         "agent_id": issued.agent_id,
         "cert_pem": issued.certificate.to_pem(),

@@ -172,6 +172,28 @@ impl Remote {
         self.send(Method::POST, &path, &[], Some(&body), Some(READ_TIMEOUT)).await
     }
 
+    /// `GET /v1/admin/operators`.
+    pub async fn list_operators(&self) -> Result<Value, Failure> {
+        self.get(&["v1", "admin", "operators"], &[]).await
+    }
+
+    /// `POST /v1/admin/operators`.
+    pub async fn add_operator(&self, name: &str, role: &str) -> Result<Value, Failure> {
+        self.post(&["v1", "admin", "operators"], &json!({ "name": name, "role": role })).await
+    }
+
+    /// `DELETE /v1/admin/operators/{name}`.
+    pub async fn deactivate_operator(&self, name: &str) -> Result<Value, Failure> {
+        let path = ["v1", "admin", "operators", name];
+        self.send(Method::DELETE, &path, &[], None, Some(READ_TIMEOUT)).await
+    }
+
+    /// `POST /v1/admin/operators/{name}/reset-password`.
+    pub async fn reset_password(&self, name: &str) -> Result<Value, Failure> {
+        let path = ["v1", "admin", "operators", name, "reset-password"];
+        self.send(Method::POST, &path, &[], None, Some(READ_TIMEOUT)).await
+    }
+
     /// Sends a JSON body to `path` below the server's URL.
     pub async fn post(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
         self.send(Method::POST, path, &[], Some(body), Some(READ_TIMEOUT)).await
@@ -237,8 +259,11 @@ impl Remote {
             StatusCode::SERVICE_UNAVAILABLE if detail.starts_with("signing halted") => {
                 Failure::Halted(detail)
             }
+            StatusCode::FORBIDDEN if answer["detail"]["reason"] == "role_insufficient" => {
+                Failure::failed(detail)
+            }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failure::failed(format!(
-                "the server at {} refuses the admin secret ({detail}): MCP_PROXY_ADMIN_SECRET must be the one it runs with",
+                "the server at {} refuses the admin secret ({detail}): MCP_PROXY_ADMIN_SECRET must be the one it runs with, or MCP_PROXY_OPERATOR_CREDENTIAL an operator's",
                 self.base
             )),
             _ => Failure::failed(format!("the server at {} answered {status}: {detail}", self.base)),

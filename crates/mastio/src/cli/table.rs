@@ -58,6 +58,16 @@ pub(super) fn agents(list: &Value) -> String {
             ["agent_id", "display_name", "enrollment", "is_active", "capabilities"]
                 .map(|field| cell(&row[field]));
         table.add_row([id, name, enrollment, active, capabilities, cell(&row["certificate"]["not_after"])]);
+/// The list of operators.
+pub(super) fn operators(list: &Value) -> String {
+    let mut table = table(&["operator", "role", "last seen", "added", "by", "deactivated"]);
+    for row in rows(list) {
+        let mut cells = ["name", "role", "last_seen_at", "created_at", "created_by", "deactivated_at"]
+            .map(|field| cell(&row[field]));
+        if row["shared_secret"] == true {
+            cells[3] = "the shared secret".to_owned();
+        }
+        table.add_row(cells);
     }
     table.to_string()
 }
@@ -83,6 +93,17 @@ pub(super) fn enrollments(list: &Value) -> String {
         );
     }
     table.to_string()
+/// An operator's secret, which is shown this once.
+pub(super) fn issued(issued: &Value) -> String {
+    format!(
+        "{} ({}): {}\nThis secret is shown once. Over HTTP: {}\nOn the command line: MCP_PROXY_OPERATOR_CREDENTIAL={}:{}",
+        cell(&issued["name"]),
+        cell(&issued["role"]),
+        cell(&issued["secret"]),
+        cell(&issued["header"]),
+        cell(&issued["name"]),
+        cell(&issued["secret"]),
+    )
 }
 
 /// The list of updates.

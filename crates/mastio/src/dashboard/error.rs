@@ -1,10 +1,11 @@
 //! What can go wrong with a page, mapped once to what its reader is told.
 
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::http::{HeaderName, HeaderValue};
 use mastio_core::error::Kind;
 
 use crate::enrollment::EnrollmentError;
 use crate::http::error::Problem;
+use crate::operators::OperatorError;
 use crate::store::StoreError;
 use crate::updates::UpdateError;
 
@@ -18,17 +19,16 @@ pub enum DashboardError {
         next: String,
     },
     /// The secret is wrong.
-    #[error("this is not the admin secret: it is MCP_PROXY_ADMIN_SECRET in proxy.env")]
+    #[error(
+        "this is not the admin secret: it is MCP_PROXY_ADMIN_SECRET in proxy.env, or your own with your name"
+    )]
     WrongSecret,
-    /// Too many wrong tries.
-    #[error("too many wrong tries from your address: try again in {seconds} s")]
-    TooManyTries {
-        /// How long to wait.
-        seconds: i64,
-    },
     /// As many pages as may do follow the audit log.
     #[error("too many pages follow the audit log: close one, or reload this page to see what is new")]
     TooManyFollowers,
+    /// Who asks may not, or cannot be told from others now.
+    #[error(transparent)]
+    Operator(#[from] OperatorError),
     /// The form does not carry this session's token.
     #[error("this form belongs to another session: go back, reload the page and send it again")]
     ForeignForm,
@@ -60,7 +60,8 @@ impl Problem for DashboardError {
         match self {
             Self::SignedOut { .. } => Kind::Unauthenticated,
             Self::WrongSecret | Self::ForeignForm => Kind::Denied,
-            Self::TooManyTries { .. } | Self::TooManyFollowers => Kind::Limited,
+            Self::TooManyFollowers => Kind::Limited,
+            Self::Operator(error) => error.kind(),
             Self::Malformed | Self::OtherName(_) => Kind::Invalid,
             Self::NotFound(_) => Kind::NotFound,
             Self::Render(_) => Kind::Internal,
@@ -72,6 +73,7 @@ impl Problem for DashboardError {
 
     fn detail(&self) -> serde_json::Value {
         match self {
+            Self::Operator(error) => error.detail(),
             Self::Update(error) => error.detail(),
             // The API's shape for a field is for programs.
             Self::Enrollment(error @ EnrollmentError::Field { .. }) => {
@@ -85,7 +87,7 @@ impl Problem for DashboardError {
 
     fn header(&self) -> Option<(HeaderName, HeaderValue)> {
         match self {
-            Self::TooManyTries { seconds } => Some((header::RETRY_AFTER, HeaderValue::from(*seconds))),
+            Self::Operator(error) => error.header(),
             _ => None,
         }
     }

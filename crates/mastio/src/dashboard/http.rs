@@ -7,7 +7,7 @@ use std::sync::Arc;
 use askama::Template;
 use axum::extract::{Form, FromRequest, FromRequestParts, Path, Query, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -21,9 +21,11 @@ use super::enrollments::EnrollmentsQuery;
 use super::error::DashboardError;
 use super::trust::AuditQuery;
 use super::{Dashboard, assets, session, urlencoded};
-use crate::http::authn::Session;
+use crate::http::authn::{AdminCaller, Session};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _};
+use crate::operators::OperatorError;
+use crate::operators::http::Insufficient;
 use crate::updates::{Direction, UpdateError};
 
 /// `__Host-`: only we can have set it, over TLS, for this host alone.
@@ -81,7 +83,9 @@ pub async fn attach_session(
         && let Some(token) = cookie(request.headers())
         && let Some(now) = request.extensions().get::<Context>().map(|context| context.now.seconds())
     {
-        match session::find(&dashboard.pki().store, &dashboard.secret, token, now).await {
+        let found =
+            session::find(&dashboard.pki().store, &dashboard.secret, &dashboard.operators, token, now).await;
+        match found {
             Ok(Some(session)) => drop(request.extensions_mut().insert(session)),
             Ok(None) => {}
             Err(error) => return ApiError::from(error).into_response(),
@@ -145,7 +149,12 @@ async fn explain(
     let mut response = ApiError::new(problem.kind(), message.clone()).into_response();
     let status = response.status().as_u16();
     // A refused sign-in shows the form again, with the reason.
-    let page = if matches!(problem, DashboardError::WrongSecret | DashboardError::TooManyTries { .. }) {
+    let signing_in = matches!(
+        problem,
+        DashboardError::WrongSecret
+            | DashboardError::Operator(OperatorError::TooManyTries { .. } | OperatorError::Busy)
+    );
+    let page = if signing_in {
         dashboard.login_page(HOME.to_owned(), Some(message)).await.and_then(|page| Ok(page.render()?))
     } else {
         let page = dashboard.error_page(session, status, message).await;
@@ -203,10 +212,18 @@ impl<S: Send + Sync> FromRequestParts<S> for Viewer {
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
         let next = parts.uri.path_and_query().map_or(HOME, |path| path.as_str()).to_owned();
-        match parts.extensions.get::<Session>() {
-            Some(session) => Ok(Self(session.clone())),
-            None => Err(Failure(DashboardError::SignedOut { next })),
-        }
+        Ok(Self(admitted(&parts.extensions, next)?))
+    }
+}
+
+/// The session that the guard has let in for this route. `next`: where to go on after a sign-in.
+fn admitted(extensions: &Extensions, next: String) -> Result<Session, DashboardError> {
+    if let Some(Insufficient { name, role, required }) = extensions.get::<Insufficient>().cloned() {
+        return Err(OperatorError::Role { name, role, required }.into());
+    }
+    match (extensions.get::<Session>(), extensions.get::<AdminCaller>()) {
+        (Some(session), Some(_)) => Ok(session.clone()),
+        _ => Err(DashboardError::SignedOut { next }),
     }
 }
 
@@ -237,8 +254,7 @@ impl<S: Send + Sync> FromRequest<S> for Sent {
     async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
         // Whoever signs in again starts from a page, not from a half-sent form.
         let next = HOME.to_owned();
-        let session = request.extensions().get::<Session>().cloned();
-        let session = session.ok_or(DashboardError::SignedOut { next })?;
+        let session = admitted(request.extensions(), next)?;
         let Form(fields) = Form::<HashMap<String, String>>::from_request(request, state)
             .await
             .map_err(|_| DashboardError::Malformed)?;
@@ -278,33 +294,39 @@ async fn show_login(
 
 #[derive(Deserialize)]
 struct Login {
+    #[serde(default)]
+    name: String,
     secret: String,
     #[serde(default)]
     next: String,
 }
 
-/// No CSRF token here: there is one operator account, so nobody can be signed in to somebody else's.
+/// There is no session yet whose token a form could carry: a browser says itself whether another site sends it.
 async fn sign_in(
     State(dashboard): State<Arc<Dashboard>>,
     context: Context,
     headers: HeaderMap,
     form: Result<Form<Login>, axum::extract::rejection::FormRejection>,
 ) -> Shown {
+    let foreign = headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none");
+    if foreign {
+        return Err(DashboardError::ForeignForm.into());
+    }
     let Form(login) = form.map_err(|_| DashboardError::Malformed)?;
     let (address, now) = (context.peer.ip(), context.now.seconds());
     let store = &dashboard.pki().store;
-    let failures = dashboard
-        .backoff
-        .attempt(address, now)
-        .map_err(|seconds| DashboardError::TooManyTries { seconds })?;
-    if !dashboard.secret.matches(login.secret.trim().as_bytes()) {
-        session::refused(store, address, failures).await?;
-        return Err(DashboardError::WrongSecret.into());
-    }
-    dashboard.backoff.succeeded(address);
+    let signed_in = dashboard.operators.sign_in(login.name.trim(), login.secret.trim(), address, now).await;
+    let caller = match signed_in {
+        Ok(caller) => caller,
+        Err(OperatorError::Wrong { failures }) => {
+            session::refused(store, address, failures).await?;
+            return Err(DashboardError::WrongSecret.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
     let former = cookie(&headers);
     let entropy = &dashboard.pki().entropy;
-    let token = session::open(store, &dashboard.secret, entropy, former, address, now).await?;
+    let token = session::open(store, &dashboard.secret, entropy, former, &caller.actor, address, now).await?;
     // Lax: a link in an alert opens the page; what changes anything is a POST, and needs the token besides.
     let set = format!("{COOKIE}={token}; Path=/; Secure; HttpOnly; SameSite=Lax");
     Ok((AppendCookie(set), see_other(own_page(&login.next))).into_response())

@@ -7,7 +7,6 @@
 //! replica sees the same.
 
 mod assets;
-mod backoff;
 mod chart;
 mod checks;
 mod enrollments;
@@ -29,18 +28,18 @@ use crate::config::InForce;
 use crate::enrollment::Agents;
 use crate::health::Health;
 use crate::http::authn::{AdminSecret, Session};
+use crate::operators::Operators;
 use crate::pki::Pki;
 use crate::updates::halt::{self, HaltReason};
-use backoff::Backoff;
 use error::DashboardError;
 
 /// What pages are made from.
 pub struct Dashboard {
     health: Health,
     agents: Arc<Agents>,
+    operators: Arc<Operators>,
     secret: AdminSecret,
     settings: Vec<InForce>,
-    backoff: Backoff,
     followers: Arc<Semaphore>,
 }
 
@@ -70,13 +69,19 @@ struct HaltBanner {
 impl Dashboard {
     /// A dashboard over the parts of a running server.
     #[must_use]
-    pub fn new(health: Health, agents: Arc<Agents>, secret: AdminSecret, settings: Vec<InForce>) -> Self {
+    pub fn new(
+        health: Health,
+        agents: Arc<Agents>,
+        operators: Arc<Operators>,
+        secret: AdminSecret,
+        settings: Vec<InForce>,
+    ) -> Self {
         Self {
             health,
             agents,
+            operators,
             secret,
             settings,
-            backoff: Backoff::default(),
             followers: Arc::new(Semaphore::new(follow::FOLLOWERS_MAX)),
         }
     }

@@ -1,7 +1,8 @@
-//! Sessions: opened by the admin secret, carried by a cookie, ended by time, by sign-out, or by another secret.
+//! Sessions: opened by an operator's secret, carried by a cookie, ended by time, by sign-out, or by another secret.
 //!
 //! The cookie is 256 random bits. The database knows only their digest under the admin secret, and the CSRF token is
-//! another such digest. So nobody who reads or writes the database gets in, and a changed secret ends every session.
+//! another such digest. So nobody who reads or writes the database gets in, and a changed shared secret ends every
+//! session. What its operator may do is asked anew for each request, so a deactivated one has no session any more.
 
 use std::net::IpAddr;
 
@@ -12,6 +13,7 @@ use serde_json::json;
 use super::store as rows;
 use crate::entropy::Entropy;
 use crate::http::authn::{AdminSecret, Session};
+use crate::operators::Operators;
 use crate::store::{Store, StoreError};
 
 /// A session that nobody has used for so long is over.
@@ -20,8 +22,6 @@ const IDLE_S: i64 = 30 * 60;
 const ABSOLUTE_S: i64 = 12 * 3600;
 /// A sign of life is written at most so often: reading pages must not mean writing.
 const TOUCH_S: i64 = 60;
-/// How the audit log names whoever has the admin secret.
-const ACTOR: &str = "admin";
 
 fn id(secret: &AdminSecret, token: &str) -> String {
     secret.keyed_digest("session", token)
@@ -39,6 +39,7 @@ pub(super) async fn open(
     secret: &AdminSecret,
     entropy: &Entropy,
     former: Option<&str>,
+    actor: &str,
     address: IpAddr,
     now: UnixTime,
 ) -> Result<String, StoreError> {
@@ -49,10 +50,10 @@ pub(super) async fn open(
         rows::delete(&mut tx, &id(secret, former)).await?;
     }
     rows::delete_ended(&mut tx, now.0 - ABSOLUTE_S, now.0 - IDLE_S).await?;
-    rows::insert(&mut tx, &new, ACTOR, &address.to_string(), now.0).await?;
+    rows::insert(&mut tx, &new, actor, &address.to_string(), now.0).await?;
     tx.commit(&[Event {
         event_type: EventType::DashboardLogin,
-        actor: ACTOR.to_owned(),
+        actor: actor.to_owned(),
         details: json!({ "session": shown(&new), "address": address.to_string() }),
     }])
     .await?;
@@ -63,6 +64,7 @@ pub(super) async fn open(
 pub(super) async fn find(
     store: &Store,
     secret: &AdminSecret,
+    operators: &Operators,
     token: &str,
     now: UnixTime,
 ) -> Result<Option<Session>, StoreError> {
@@ -72,12 +74,17 @@ pub(super) async fn find(
     else {
         return Ok(None);
     };
+    let Some(caller) = operators.standing(&row.actor).await? else { return Ok(None) };
     if now.0 - row.seen_at >= TOUCH_S {
         let mut tx = store.write().await?;
         rows::touch(&mut tx, &id, now.0).await?;
         tx.commit_unaudited().await?;
     }
-    Ok(Some(Session { actor: row.actor, csrf_token: secret.keyed_digest("csrf", token) }))
+    Ok(Some(Session {
+        actor: caller.actor,
+        role: caller.role,
+        csrf_token: secret.keyed_digest("csrf", token),
+    }))
 }
 
 /// Ends a session.

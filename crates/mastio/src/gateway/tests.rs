@@ -24,7 +24,7 @@ use tower::ServiceExt as _;
 use super::upstream::{CALLS_PER_HOST_MAX, SCHEMA_BYTES_MAX};
 use super::*;
 use crate::clock::ManualClock;
-use crate::http::authn::AdminSecret;
+use crate::http::authn::AdminCaller;
 use crate::store::{DatabaseUrl, Query as _, schema};
 use crate::values;
 
@@ -327,9 +327,7 @@ fn router(gateway: &Arc<Gateway>) -> Router {
         source: [192, 0, 2, 1].into(),
         client_certificate: None,
     };
-    routes(Arc::clone(gateway))
-        .layer(Extension(context))
-        .layer(Extension(AdminSecret::new("s3cret".to_owned())))
+    routes(Arc::clone(gateway)).layer(Extension(context)).layer(Extension(AdminCaller::shared()))
 }
 
 async fn send(router: &Router, request: Request<Body>) -> (StatusCode, String) {

@@ -1,13 +1,13 @@
-//! The operator's credential: the `X-Admin-Secret` header, or a dashboard session.
+//! Who an operator is to a handler: their name and role, a dashboard session, the shared secret.
 //!
-//! The browser sends its cookie whoever made the page, so a session may change something only with the token that
-//! our own pages carry (`X-CSRF-Token`).
+//! A handler that takes an [`AdminCaller`] gets whom `operators/http.rs` has let in for its route; without that nobody
+//! is let in. The browser sends its cookie whoever made the page, so a session may change something only with the token
+//! that our own pages carry (`X-CSRF-Token`).
 
 use std::sync::Arc;
 
 use aws_lc_rs::hmac;
 use axum::extract::FromRequestParts;
-use axum::http::HeaderValue;
 use axum::http::request::Parts;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -16,6 +16,38 @@ use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
 use super::error::ApiError;
+
+/// What an operator may do. Each may what those before it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Reads.
+    Viewer,
+    /// Approves, applies, rolls back, enrolls, revokes.
+    Operator,
+    /// Manages operators, and ends what cannot be begun again.
+    Admin,
+}
+
+impl Role {
+    /// Every role, the weakest first.
+    pub const ALL: [Self; 3] = [Self::Viewer, Self::Operator, Self::Admin];
+
+    /// As it is stored and shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// The role of this name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
+}
 
 /// The shared secret that operators present. Compared in constant time, never shown.
 #[derive(Clone)]
@@ -28,9 +60,12 @@ impl AdminSecret {
         Self(Arc::new(Zeroizing::new(secret)))
     }
 
-    /// Whether `candidate` is the secret.
+    /// Whether `candidate` is the secret. Where none is configured, nothing is.
     #[must_use]
     pub fn matches(&self, candidate: &[u8]) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
         // Equal-length digests, so that not even the secret's length shows in the time taken.
         let digest = |bytes: &[u8]| aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
         digest(self.0.as_bytes()).as_ref().ct_eq(digest(candidate).as_ref()).into()
@@ -49,6 +84,8 @@ impl AdminSecret {
 pub struct Session {
     /// How the audit log names the operator.
     pub actor: String,
+    /// What they may do, as of this request.
+    pub role: Role,
     /// What every change under this session has to carry.
     pub csrf_token: String,
 }
@@ -61,23 +98,23 @@ impl Session {
     }
 }
 
-/// An operator who presented the admin secret, or has a session.
-#[derive(Debug, Clone)]
+/// An operator who has proved who they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminCaller {
     /// How the audit log names the operator.
     pub actor: String,
+    /// What they may do.
+    pub role: Role,
 }
 
 impl AdminCaller {
-    fn from_session(parts: &Parts) -> Result<Self, ApiError> {
-        let Some(session) = parts.extensions.get::<Session>() else {
-            return Err(ApiError::new(Kind::Unauthenticated, "missing X-Admin-Secret header"));
-        };
-        let token = parts.headers.get("x-csrf-token").map_or(&[][..], HeaderValue::as_bytes);
-        if !parts.method.is_safe() && !session.accepts(token) {
-            return Err(ApiError::new(Kind::Denied, "missing or wrong X-CSRF-Token header"));
-        }
-        Ok(Self { actor: session.actor.clone() })
+    /// How the audit log names whoever has the shared secret.
+    pub const SHARED: &str = "admin";
+
+    /// Whoever has the shared secret.
+    #[must_use]
+    pub fn shared() -> Self {
+        Self { actor: Self::SHARED.to_owned(), role: Role::Admin }
     }
 }
 
@@ -85,21 +122,10 @@ impl<S: Send + Sync> FromRequestParts<S> for AdminCaller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Self::Rejection> {
-        // `app.rs` hands the secret in as a request extension; without one every caller is refused.
-        let Some(secret) = parts.extensions.get::<AdminSecret>().cloned() else {
-            return Err(ApiError::new(Kind::Internal, "Internal server error"));
-        };
-        let mut values = parts.headers.get_all("x-admin-secret").iter();
-        let candidate = match (values.next(), values.next()) {
-            (None, _) => return Self::from_session(parts),
-            (Some(candidate), None) => candidate,
-            (Some(_), Some(_)) => {
-                return Err(ApiError::new(Kind::Unauthenticated, "more than one X-Admin-Secret header"));
-            }
-        };
-        if !secret.matches(candidate.as_bytes()) {
-            return Err(ApiError::new(Kind::Denied, "invalid admin secret"));
-        }
-        Ok(Self { actor: "admin".to_owned() })
+        parts
+            .extensions
+            .get::<Self>()
+            .cloned()
+            .ok_or_else(|| ApiError::new(Kind::Unauthenticated, "missing X-Admin-Secret header"))
     }
 }

@@ -256,6 +256,18 @@ const TABLES: &[Table] = &[
             "old_profile_gaps",
         ],
     },
+    Table {
+        name: "operators",
+        columns: &[
+            "name",
+            "role",
+            "credential",
+            "created_at",
+            "created_by",
+            "last_seen_at",
+            "deactivated_at",
+        ],
+    },
     Table { name: "used_jwt_ids", columns: &["jwt_id", "#expires_at"] },
     Table { name: "revoked_tokens", columns: &["jwt_id", "agent_id", "#expires_at"] },
     Table {

@@ -11,6 +11,7 @@ mod s0004_fleet_write;
 mod s0005_audit_subject;
 mod s0006_enrollment_requests;
 mod s0007_resource_servers;
+mod s0008_operators;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -41,6 +42,7 @@ pub const STEPS: &[Step] = &[
     s0005_audit_subject::STEP,
     s0006_enrollment_requests::STEP,
     s0007_resource_servers::STEP,
+    s0008_operators::STEP,
     // The next step goes here.
 ];
 

@@ -1,7 +1,7 @@
 //! How fast an address may guess: a few tries at once, then twice the wait for each further one, up to minutes.
 //!
-//! Nothing is ever locked: the wait ends by itself, other addresses are not touched, and `X-Admin-Secret` goes on
-//! working. Counted in this process; replicas count for themselves.
+//! Nothing is ever locked: the wait ends by itself, other addresses are not touched, and the shared secret in
+//! `X-Admin-Secret` goes on working. Counted in this process; replicas count for themselves.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};

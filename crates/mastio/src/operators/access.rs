@@ -1,0 +1,131 @@
+//! Who may call what: one line for every route of `/proxy` and `/v1/admin`.
+//!
+//! A viewer reads, an operator acts, an admin manages operators and ends what cannot be begun again. A route without a
+//! line lets nobody in, whatever its handler forgets; `tests/tidy.rs` compares the table with the routes in the source.
+
+use axum::http::Method;
+
+use crate::http::authn::Role;
+
+/// Who may call a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Anyone: the sign-in, and what its page is drawn with.
+    Anyone,
+    /// A page for people: a session whose operator has at least this role; without one it leads to the sign-in.
+    Page(Role),
+    /// The API: a secret, or a session with its token, of at least this role.
+    Api(Role),
+}
+
+use Access::{Anyone, Api, Page};
+use Role::{Admin, Operator, Viewer};
+
+/// Method, path as the routers spell it, and who may call it.
+pub const TABLE: &[(&str, &str, Access)] = &[
+    // Agents.
+    ("GET", "/v1/admin/agents", Api(Viewer)),
+    ("POST", "/v1/admin/agents", Api(Operator)),
+    ("DELETE", "/v1/admin/agents/{agent_id}", Api(Operator)),
+    ("POST", "/v1/admin/agents/{agent_id}/dpop-jwk", Api(Operator)),
+    // Upstream tools.
+    ("GET", "/v1/admin/mcp-resources", Api(Viewer)),
+    ("POST", "/v1/admin/mcp-resources", Api(Operator)),
+    ("DELETE", "/v1/admin/mcp-resources/{resource_id}", Api(Operator)),
+    ("GET", "/v1/admin/mcp-resources/bindings", Api(Viewer)),
+    ("POST", "/v1/admin/mcp-resources/bindings", Api(Operator)),
+    ("DELETE", "/v1/admin/mcp-resources/bindings/{binding_id}", Api(Operator)),
+    // Certificates.
+    ("POST", "/v1/admin/pki/byoca-certificates", Api(Operator)),
+    // The audit log.
+    ("GET", "/v1/admin/audit", Api(Viewer)),
+    ("GET", "/v1/admin/audit/verify", Api(Viewer)),
+    // Operators.
+    ("GET", "/v1/admin/operators", Api(Admin)),
+    ("POST", "/v1/admin/operators", Api(Admin)),
+    ("DELETE", "/v1/admin/operators/{name}", Api(Admin)),
+    ("POST", "/v1/admin/operators/{name}/reset-password", Api(Admin)),
+    // Updates.
+    ("GET", "/proxy/updates/api", Api(Viewer)),
+    ("GET", "/proxy/updates/doctor", Api(Viewer)),
+    ("GET", "/proxy/updates/snapshots", Api(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/plan", Api(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/rollback-plan", Api(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/progress", Api(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/events", Api(Viewer)),
+    ("POST", "/proxy/updates/{migration_id}/apply", Api(Operator)),
+    ("POST", "/proxy/updates/{migration_id}/rollback", Api(Operator)),
+    // Pages.
+    ("GET", "/proxy", Page(Viewer)),
+    ("GET", "/proxy/login", Anyone),
+    ("POST", "/proxy/login", Anyone),
+    ("POST", "/proxy/logout", Page(Viewer)),
+    ("GET", "/proxy/updates", Page(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}", Page(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/run", Page(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/apply-review", Page(Viewer)),
+    ("POST", "/proxy/updates/{migration_id}/apply-review", Page(Operator)),
+    ("GET", "/proxy/updates/{migration_id}/rollback-review", Page(Viewer)),
+    ("POST", "/proxy/updates/{migration_id}/rollback-review", Page(Operator)),
+    ("GET", "/proxy/agents", Page(Viewer)),
+    ("GET", "/proxy/agents/{agent_id}", Page(Viewer)),
+    ("GET", "/proxy/pki", Page(Viewer)),
+    ("GET", "/proxy/mastio-key", Page(Viewer)),
+    ("GET", "/proxy/settings", Page(Viewer)),
+    ("GET", "/proxy/audit", Page(Viewer)),
+    // Reads the whole log; a form all the same.
+    ("POST", "/proxy/audit", Page(Viewer)),
+    ("GET", "/proxy/assets/{name}", Anyone),
+];
+
+/// Whether the table decides about this path.
+#[must_use]
+pub fn governs(path: &str) -> bool {
+    path == "/proxy" || path.starts_with("/proxy/") || path.starts_with("/v1/admin/")
+}
+
+/// Who may call `method` of the route `path`. `None`: nobody.
+#[must_use]
+pub fn of(method: &Method, path: &str) -> Option<Access> {
+    // The routers answer HEAD with what GET says.
+    let method = if method == Method::HEAD { "GET" } else { method.as_str() };
+    TABLE.iter().find(|(known, route, _)| *known == method && *route == path).map(|(_, _, access)| *access)
+}
+
+/// Whether the route `path` has a line for any method.
+#[must_use]
+pub fn knows(path: &str) -> bool {
+    TABLE.iter().any(|(_, route, _)| *route == path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_is_about_a_governed_path_and_none_stands_there_twice() {
+        for (index, (method, path, _)) in TABLE.iter().enumerate() {
+            assert!(governs(path), "{path}");
+            let again = TABLE[index + 1..].iter().any(|(other, route, _)| (other, route) == (method, path));
+            assert!(!again, "{method} {path} stands there twice");
+        }
+    }
+
+    #[test]
+    fn whatever_changes_something_asks_for_more_than_a_viewer() {
+        let reads = ["/proxy/login", "/proxy/logout", "/proxy/audit"];
+        for (method, path, access) in TABLE {
+            if *method != "GET" && !reads.contains(path) {
+                assert!(matches!(access, Page(role) | Api(role) if *role > Viewer), "{method} {path}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_route_without_a_line_is_nobody_s() {
+        assert_eq!(of(&Method::GET, "/v1/admin/no-such-route"), None);
+        assert_eq!(of(&Method::DELETE, "/proxy/updates/api"), None);
+        assert_eq!(of(&Method::HEAD, "/proxy/updates/api"), Some(Api(Viewer)));
+        assert!(governs("/v1/admin/no-such-route") && governs("/proxy") && !governs("/proxyfoo"));
+    }
+}

@@ -1,0 +1,88 @@
+//! Rows of operators.
+
+use super::Operator;
+use crate::http::authn::Role;
+use crate::store::{Query, Row, StoreError, WriteTx};
+use crate::values;
+
+/// Operators that a list shows at most.
+const LIST_ROWS_MAX: i64 = 10_000;
+
+fn read(row: &Row) -> Result<Operator, StoreError> {
+    Ok(Operator {
+        name: row.text(0)?,
+        // A role that this version does not know lets nobody do more than look.
+        role: Role::parse(&row.text(1)?).unwrap_or(Role::Viewer),
+        credential: row.text(2)?,
+        created_at: row.text(3)?,
+        created_by: row.text(4)?,
+        last_seen_at: row.optional_text(5)?,
+        deactivated_at: row.optional_text(6)?,
+    })
+}
+
+/// One operator.
+pub(super) async fn operator(tx: &mut impl Query, name: &str) -> Result<Option<Operator>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT name, role, credential, created_at, created_by, last_seen_at, deactivated_at FROM operators \
+             WHERE name = $1",
+            values![name],
+        )
+        .await?;
+    row.as_ref().map(read).transpose()
+}
+
+/// Every operator, by name.
+pub(super) async fn operators(tx: &mut impl Query) -> Result<Vec<Operator>, StoreError> {
+    tx.rows(
+        "SELECT name, role, credential, created_at, created_by, last_seen_at, deactivated_at FROM operators \
+         ORDER BY name LIMIT $1",
+        values![LIST_ROWS_MAX],
+    )
+    .await?
+    .iter()
+    .map(read)
+    .collect()
+}
+
+/// Adds an operator. False: the name is taken.
+pub(super) async fn insert(
+    tx: &mut WriteTx,
+    name: &str,
+    role: Role,
+    credential: &str,
+    now: &str,
+    created_by: &str,
+) -> Result<bool, StoreError> {
+    let inserted = tx
+        .execute(
+            "INSERT INTO operators (name, role, credential, created_at, created_by) VALUES ($1, $2, $3, $4, $5) \
+             ON CONFLICT (name) DO NOTHING",
+            values![name, role.as_str(), credential, now, created_by],
+        )
+        .await?;
+    Ok(inserted > 0)
+}
+
+/// Deactivates an operator.
+pub(super) async fn deactivate(tx: &mut WriteTx, name: &str, now: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE operators SET deactivated_at = $2 WHERE name = $1", values![name, now]).await.map(drop)
+}
+
+/// Writes the hash of another secret.
+pub(super) async fn set_credential(tx: &mut WriteTx, name: &str, credential: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE operators SET credential = $2 WHERE name = $1", values![name, credential])
+        .await
+        .map(drop)
+}
+
+/// Notes a sign of life.
+pub(super) async fn touch(tx: &mut WriteTx, name: &str, now: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE operators SET last_seen_at = $2 WHERE name = $1", values![name, now]).await.map(drop)
+}
+
+/// Ends an operator's dashboard sessions, with whatever ends what they were opened with.
+pub(super) async fn end_sessions(tx: &mut WriteTx, name: &str) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM dashboard_sessions WHERE actor = $1", values![name]).await.map(drop)
+}

@@ -1,0 +1,253 @@
+//! Operators from outside: secrets of their own, roles on every route, names in the audit log.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+
+use std::process::Output;
+
+use harness::{ADMIN_SECRET, Answer, Database, Deploy, MIGRATION, PASSPHRASE};
+use mastio::http::authn::Role;
+use mastio::operators::access::{Access, TABLE};
+use serde_json::{Value, json};
+
+/// `X-Admin-Secret` of an operator with a name.
+fn header(credential: &str) -> String {
+    format!("X-Admin-Secret: {credential}")
+}
+
+fn get(deploy: &Deploy, path: &str, credential: &str) -> Answer {
+    deploy.curl(path, &["-H", &header(credential)])
+}
+
+fn post(deploy: &Deploy, path: &str, credential: &str, body: &Value) -> Answer {
+    let body = body.to_string();
+    let json = "Content-Type: application/json";
+    deploy.curl(path, &["-H", &header(credential), "-H", json, "-X", "POST", "-d", &body])
+}
+
+/// Adds an operator over the API and gives `NAME:SECRET`.
+fn add(deploy: &Deploy, name: &str, role: &str) -> String {
+    let added = deploy.admin_post("/v1/admin/operators", &json!({ "name": name, "role": role })).expect(201);
+    assert_eq!((added["name"].as_str(), added["role"].as_str()), (Some(name), Some(role)));
+    format!("{name}:{}", added["secret"].as_str().unwrap())
+}
+
+fn actors(deploy: &Deploy, event_type: &str) -> Vec<String> {
+    let events = deploy.admin_get(&format!("/v1/admin/audit?event_type={event_type}")).expect(200);
+    events.as_array().unwrap().iter().map(|event| event["actor"].as_str().unwrap().to_owned()).collect()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn an_operator_s_life_on_sqlite() {
+    an_operator_s_life(Database::Sqlite);
+}
+
+#[test]
+fn an_operator_s_life_on_postgres() {
+    an_operator_s_life(Database::Postgres);
+}
+
+fn an_operator_s_life(database: Database) {
+    let mut deploy = Deploy::empty().set("MCP_PROXY_DB_ENCRYPTION_KEY", PASSPHRASE);
+    deploy.start();
+    add(&deploy, "zoe", "viewer");
+    deploy.stop();
+    // A deploy that moves takes its operators along.
+    let mut deploy = deploy.on(database);
+    // On a stopped deploy the command line adds one; the secret is shown once, and stored only as a hash.
+    let added = stdout(&deploy.mastio(&["admin", "add", "alice", "--role", "admin", "--json"]));
+    let added: Value = serde_json::from_str(&added).unwrap();
+    let secret = added["secret"].as_str().unwrap().to_owned();
+    let alice = format!("alice:{secret}");
+    assert_eq!(added["header"], format!("X-Admin-Secret: {alice}"));
+    let stored = deploy.sql("SELECT credential FROM operators WHERE name = 'alice'");
+    assert!(stored.starts_with("$argon2id$v=19$") && !stored.contains(&secret), "{stored}");
+
+    deploy.start();
+    let list = get(&deploy, "/v1/admin/operators", &alice).expect(200);
+    assert_eq!(list[0]["name"], "admin");
+    assert_eq!(list[0]["shared_secret"], true);
+    assert_eq!(list[1]["name"], "alice");
+    assert_eq!(list[1]["created_by"], "command-line");
+    assert!(list[1].get("credential").is_none() && list[1].get("secret").is_none(), "{list}");
+    let seen = get(&deploy, "/v1/admin/operators", &alice).expect(200)[1]["last_seen_at"].clone();
+    assert!(seen.is_string(), "{seen}");
+
+    // What she does bears her name; what the shared secret does goes on bearing `admin`.
+    let bob = post(&deploy, "/v1/admin/operators", &alice, &json!({ "name": "bob" })).expect(201);
+    assert_eq!(bob["role"], "operator");
+    let carol = add(&deploy, "carol", "viewer");
+    assert_eq!(actors(&deploy, "admin.operator_added"), ["admin", "alice", "command-line", "admin"]);
+    assert_eq!(get(&deploy, "/proxy/updates/api", &carol).status, 200);
+    // The command line on a running server speaks for whoever's credential is set.
+    let speaking = ["--operator-credential", &alice];
+    let listed = stdout(&deploy.mastio(&[&["admin", "list", "--json"][..], &speaking].concat()));
+    assert_eq!(serde_json::from_str::<Value>(&listed).unwrap().as_array().unwrap().len(), 5);
+
+    // Names are given once.
+    assert_eq!(
+        deploy.admin_post("/v1/admin/operators", &json!({ "name": "bob" })).expect(409)["detail"]["reason"],
+        "operator_exists"
+    );
+    for (body, status) in [
+        (json!({ "name": "admin" }), 400),
+        (json!({ "name": "a:b" }), 400),
+        (json!({ "name": "dora", "role": "emperor" }), 400),
+        (json!({}), 422),
+    ] {
+        assert_eq!(deploy.admin_post("/v1/admin/operators", &body).status, status, "{body}");
+    }
+
+    // Another secret ends the former one at once, remembered or not.
+    assert_eq!(get(&deploy, "/proxy/updates/api", &carol).status, 200);
+    let path = "/v1/admin/operators/carol/reset-password";
+    let reset = post(&deploy, path, &alice, &json!({})).expect(200);
+    assert_eq!(get(&deploy, "/proxy/updates/api", &carol).status, 403);
+    let carol = format!("carol:{}", reset["secret"].as_str().unwrap());
+    assert_eq!(get(&deploy, "/proxy/updates/api", &carol).status, 200);
+
+    // So does a deactivation, which is for good, and cannot touch the shared secret.
+    let delete = |name: &str| {
+        let path = format!("/v1/admin/operators/{name}");
+        deploy.curl(&path, &["-H", &header(&alice), "-X", "DELETE"])
+    };
+    assert_eq!(delete("carol").status, 204);
+    assert_eq!(get(&deploy, "/proxy/updates/api", &carol).status, 403);
+    assert_eq!(delete("carol").expect(409)["detail"]["reason"], "operator_deactivated");
+    assert_eq!(delete("nobody").status, 404);
+    assert_eq!(delete("admin").expect(409)["detail"]["reason"], "shared_secret");
+    let path = "/v1/admin/operators/admin/reset-password";
+    assert_eq!(post(&deploy, path, &alice, &json!({})).status, 409);
+    assert_eq!(deploy.admin_post("/v1/admin/operators", &json!({ "name": "carol" })).status, 409);
+    assert_eq!(actors(&deploy, "admin.operator_deactivated"), ["alice"]);
+    assert_eq!(actors(&deploy, "admin.operator_secret_reset"), ["alice"]);
+    assert_eq!(deploy.admin_get("/proxy/updates/api").status, 200);
+    assert!(!deploy.log_text().contains(&secret), "a secret is in the log");
+    let audit = deploy.admin_get("/v1/admin/audit").body;
+    assert!(!audit.contains(&secret), "a secret is in the audit log");
+}
+
+/// Every line of the table with every role: refused below the role it asks for, let in from there on.
+#[test]
+fn every_admin_route_asks_for_its_role() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let credentials =
+        Role::ALL.map(|role| (role, add(&deploy, &format!("a-{}", role.as_str()), role.as_str())));
+    for (method, route, access) in TABLE {
+        let Access::Api(required) = access else { continue };
+        // What a path names does not exist, and bodies are empty: whoever is let in is told that instead.
+        let path: String = route
+            .split('/')
+            .map(|segment| if segment.starts_with('{') { "no-such-thing" } else { segment })
+            .collect::<Vec<_>>()
+            .join("/");
+        let ask = |arguments: &[&str]| {
+            let mut all = vec!["-X", *method, "--max-time", "5"];
+            all.extend(arguments);
+            deploy.curl(&path, &all)
+        };
+        assert_eq!(ask(&[]).status, 401, "{method} {route} without a secret");
+        assert_eq!(ask(&["-H", "X-Admin-Secret: wrong"]).status, 403, "{method} {route}");
+        for (role, credential) in &credentials {
+            let answer = ask(&["-H", &header(credential)]);
+            if role < required {
+                assert_eq!(answer.status, 403, "{method} {route} as {}", role.as_str());
+                assert_eq!(answer.detail()["reason"], "role_insufficient", "{method} {route}");
+            } else {
+                assert!(!matches!(answer.status, 401 | 403 | 405), "{method} {route}: {answer:?}");
+            }
+        }
+    }
+    assert_eq!(deploy.curl("/proxy/updates/api", &["-X", "DELETE", "-H", &header(ADMIN_SECRET)]).status, 405);
+}
+
+#[test]
+fn nobody_learns_which_name_exists_and_guesses_wait() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let alice = add(&deploy, "alice", "viewer");
+    assert_eq!(get(&deploy, "/proxy/updates/api", &alice).status, 200);
+    let wrong = get(&deploy, "/proxy/updates/api", "alice:wrong");
+    let unknown = get(&deploy, "/proxy/updates/api", "nobody:wrong");
+    assert_eq!((wrong.status, &wrong.body), (403, &unknown.body));
+    let mut refused = (0..10).map(|_| get(&deploy, "/proxy/updates/api", "alice:wrong"));
+    let limited = refused.find(|answer| answer.status == 429).expect("a wait");
+    assert!(limited.body.contains("too many wrong tries"), "{limited:?}");
+    // What was right a minute ago and the shared secret go on.
+    assert_eq!(get(&deploy, "/proxy/updates/api", &alice).status, 200);
+    assert_eq!(deploy.admin_get("/proxy/updates/api").status, 200);
+    assert_eq!(get(&deploy, "/proxy/updates/api", &format!("admin:{ADMIN_SECRET}")).status, 200);
+    let twice = [header(&alice), header(ADMIN_SECRET)];
+    assert_eq!(deploy.curl("/proxy/updates/api", &["-H", &twice[0], "-H", &twice[1]]).status, 401);
+}
+
+#[test]
+fn a_session_has_the_role_of_its_operator_and_ends_with_them() {
+    let Some(mut deploy) = Deploy::legacy("py_connector5_pending") else { return };
+    deploy.start();
+    let credential = add(&deploy, "vera", "viewer");
+    let (_, secret) = credential.split_once(':').unwrap();
+    let jar = deploy.folder().join("vera.jar");
+    let jar = jar.to_str().unwrap();
+    let ask = |path: &str, arguments: &[&str]| {
+        let mut all = vec!["-b", jar, "-c", jar];
+        all.extend(arguments);
+        deploy.curl(path, &all)
+    };
+    let form = |name: &str, secret: &str| {
+        let (name, secret) = (format!("name={name}"), format!("secret={secret}"));
+        ask("/proxy/login", &["--data-urlencode", &name, "--data-urlencode", &secret])
+    };
+    assert_eq!(form("", secret).status, 403, "her secret is not the shared one");
+    let foreign = ["-H", "Sec-Fetch-Site: cross-site", "-d", "name=vera", "-d", "secret=x"];
+    assert_eq!(ask("/proxy/login", &foreign).status, 403);
+    assert_eq!(form("vera", secret).status, 303);
+    let page = ask("/proxy", &[]);
+    assert_eq!(page.status, 200);
+    let (_, token) = page.body.split_once("name=\"csrf_token\" value=\"").unwrap();
+    let token = token.split('"').next().unwrap();
+    // She reads, by page and by API, and changes nothing by either.
+    assert_eq!(ask(&format!("/proxy/updates/{MIGRATION}/apply-review"), &[]).status, 200);
+    assert_eq!(ask("/proxy/updates/api", &[]).status, 200);
+    let field = format!("csrf_token={token}");
+    let path = format!("/proxy/updates/{MIGRATION}/apply-review");
+    let refused = ask(&path, &["-d", &field, "-d", "confirm=yes"]);
+    assert_eq!(refused.status, 403);
+    assert!(refused.body.contains("this needs the role operator, and vera has viewer"), "{}", refused.body);
+    let csrf = format!("X-CSRF-Token: {token}");
+    let path = format!("/proxy/updates/{MIGRATION}/apply");
+    let refused = ask(&path, &["-H", &csrf, "-d", "{\"confirm\": true}"]);
+    assert_eq!((refused.status, refused.detail()["reason"].as_str()), (403, Some("role_insufficient")));
+    assert_eq!(deploy.admin_get("/proxy/updates/api").expect(200)[0]["status"], "pending");
+    assert_eq!(actors(&deploy, "dashboard.login"), ["vera"]);
+    assert_eq!(actors(&deploy, "dashboard.login_failed"), ["unknown"]);
+
+    deploy.curl("/v1/admin/operators/vera", &["-H", &header(ADMIN_SECRET), "-X", "DELETE"]);
+    assert_eq!(ask("/proxy", &[]).status, 303);
+    assert_eq!(ask("/proxy/updates/api", &[]).status, 401);
+}
+
+#[test]
+fn an_apply_bears_the_name_of_its_operator() {
+    let Some(mut deploy) = Deploy::legacy("py_connector5_pending") else { return };
+    deploy.start();
+    let oscar = add(&deploy, "oscar", "operator");
+    let path = format!("/proxy/updates/{MIGRATION}/apply");
+    post(&deploy, &path, &oscar, &json!({ "confirm": true })).expect(200);
+    assert_eq!(actors(&deploy, "admin.update_applied"), ["oscar"]);
+    // On a stopped deploy too.
+    deploy.stop();
+    let output = deploy.mastio(&["updates", "rollback", MIGRATION, "--yes", "--operator-credential", &oscar]);
+    stdout(&output);
+    let output =
+        deploy.mastio(&["updates", "apply", MIGRATION, "--yes", "--operator-credential", "oscar:wrong"]);
+    assert!(!output.status.success());
+    deploy.start();
+    assert_eq!(actors(&deploy, "admin.update_rolled_back"), ["oscar"]);
+}
