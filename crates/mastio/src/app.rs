@@ -206,7 +206,7 @@ pub async fn open(config: &Config) -> Result<Deploy, AppError> {
         updates::halt::log(reason);
     }
     let replica = replica(data_dir, &pki.entropy).map_err(|source| data_dir_error(data_dir, source))?;
-    let updates = Arc::new(Updates::new(Arc::clone(&pki), replica));
+    let updates = Arc::new(Updates::new(Arc::clone(&pki), replica, config.two_person));
     updates.recover().await?;
     updates.detect().await?;
     pki.complete().await?;

@@ -148,6 +148,33 @@ enum UpdatesCommand {
         #[command(flatten)]
         change: Change,
     },
+    /// Propose the plan of an update, or of its rollback, for another operator to approve.
+    Propose {
+        /// The migration id.
+        id: String,
+        /// Its rollback instead.
+        #[arg(long)]
+        rollback: bool,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Approve the plan that another operator has proposed.
+    Approve {
+        /// The migration id.
+        id: String,
+        /// Its rollback instead.
+        #[arg(long)]
+        rollback: bool,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// List the proposals of an update.
+    Proposals {
+        /// The migration id.
+        id: String,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Explain what is found of updates, runs, snapshots and the halt, and what to do next; change nothing.
     ///
     /// Exit code 0 when all is well, 1 when something needs you.
@@ -462,14 +489,11 @@ async fn updates(command: UpdatesCommand) -> Result<(), Failure> {
             show(&target, &list, table::updates)
         }
         UpdatesCommand::Plan { id, rollback, full, target } => {
-            let direction = if rollback { Direction::Rollback } else { Direction::Apply };
+            let direction = way_of(rollback);
             if full {
                 return full_plan(direction, &id, &target).await;
             }
-            let plan = match way(&target)? {
-                Way::Server(remote) => remote.plan_update(direction, &id).await?,
-                Way::InProcess(config) => local::plan_update(&config, direction, &id).await?,
-            };
+            let plan = plan_update(&way(&target)?, direction, &id).await?;
             show(&target, &plan, table::plan)
         }
         UpdatesCommand::Apply { all: false, id, change } => {
@@ -477,6 +501,12 @@ async fn updates(command: UpdatesCommand) -> Result<(), Failure> {
         }
         UpdatesCommand::Apply { all: true, id: _, change } => apply_all(&change).await,
         UpdatesCommand::Rollback { id, change } => change_update(Direction::Rollback, &id, &change).await,
+        UpdatesCommand::Propose { id, rollback, change } => propose(way_of(rollback), &id, &change).await,
+        UpdatesCommand::Approve { id, rollback, change } => approve(way_of(rollback), &id, &change).await,
+        UpdatesCommand::Proposals { id, target } => {
+            let list = list_proposals(&way(&target)?, &id).await?;
+            show(&target, &list, table::proposals)
+        }
         UpdatesCommand::Doctor { target } => {
             let report = match way(&target)? {
                 Way::Server(remote) => remote.ask_doctor().await?,
@@ -496,6 +526,77 @@ async fn updates(command: UpdatesCommand) -> Result<(), Failure> {
             show(&target, &list, table::snapshots)
         }
     }
+}
+
+fn way_of(rollback: bool) -> Direction {
+    if rollback { Direction::Rollback } else { Direction::Apply }
+}
+
+async fn plan_update(way: &Way, direction: Direction, id: &str) -> Result<Value, Failure> {
+    match way {
+        Way::Server(remote) => remote.plan_update(direction, id).await,
+        Way::InProcess(config) => local::plan_update(config, direction, id).await,
+    }
+}
+
+async fn list_proposals(way: &Way, id: &str) -> Result<Value, Failure> {
+    match way {
+        Way::Server(remote) => remote.list_proposals(id).await,
+        Way::InProcess(config) => local::list_proposals(config, id).await,
+    }
+}
+
+/// Shows the plan, asks, and proposes exactly that plan.
+async fn propose(direction: Direction, id: &str, change: &Change) -> Result<(), Failure> {
+    let way = way(&change.target)?;
+    let digest = match &change.plan_digest {
+        Some(digest) => digest.clone(),
+        None => {
+            let plan = plan_update(&way, direction, id).await?;
+            if !change.yes {
+                terminal(direction)?;
+                writeln!(std::io::stderr(), "{}", table::plan(&plan))
+                    .map_err(|error| Failure::because("the terminal cannot be written", error))?;
+                ask("propose this plan")?;
+            }
+            plan["plan_digest"].as_str().unwrap_or_default().to_owned()
+        }
+    };
+    let proposal = match &way {
+        Way::Server(remote) => remote.propose_plan(direction, id, &digest).await?,
+        Way::InProcess(config) => local::propose_plan(config, direction, id, &digest).await?,
+    };
+    show(&change.target, &proposal, |proposal| table::proposals(&json!([proposal])))
+}
+
+/// Approves the proposal that is open, and with a plan digest only if it is of that plan.
+async fn approve(direction: Direction, id: &str, change: &Change) -> Result<(), Failure> {
+    let way = way(&change.target)?;
+    let list = list_proposals(&way, id).await?;
+    let open = list.as_array().into_iter().flatten().find(|proposal| {
+        let digest = change.plan_digest.as_deref();
+        proposal["direction"] == direction.as_str()
+            && proposal["status"] == "proposed"
+            && digest.is_none_or(|digest| proposal["plan_digest"] == digest)
+    });
+    let Some(open) = open else {
+        let verb = direction.as_str();
+        return Err(Failure::Refused(format!(
+            "nobody has proposed this {verb} of {id}: mastio updates propose"
+        )));
+    };
+    if !change.yes {
+        terminal(direction)?;
+        writeln!(std::io::stderr(), "{}", table::proposals(&json!([open])))
+            .map_err(|error| Failure::because("the terminal cannot be written", error))?;
+        ask("approve it")?;
+    }
+    let proposal_id = open["proposal_id"].as_str().unwrap_or_default();
+    let proposal = match &way {
+        Way::Server(remote) => remote.approve_proposal(id, proposal_id).await?,
+        Way::InProcess(config) => local::approve_proposal(config, id, proposal_id).await?,
+    };
+    show(&change.target, &proposal, |proposal| table::proposals(&json!([proposal])))
 }
 
 /// Prints each change as it is computed, so that a fleet of any size goes through.
@@ -645,7 +746,6 @@ fn terminal(direction: Direction) -> Result<(), Failure> {
 /// Asks on the terminal.
 fn confirm(direction: Direction, ids: &[&str], list: &Value) -> Result<(), Failure> {
     let verb = direction.as_str();
-    let mut out = std::io::stderr();
     let mut question = String::new();
     for id in ids {
         let row = list.as_array().and_then(|rows| rows.iter().find(|row| row["migration_id"] == *id));
@@ -654,15 +754,21 @@ fn confirm(direction: Direction, ids: &[&str], list: &Value) -> Result<(), Failu
         question.push_str(&format!("{id}: {description}\n"));
     }
     let what = if ids.len() > 1 { "them in this order" } else { "it" };
+    ask(&format!("{question}{verb} {what} now"))
+}
+
+/// Asks whether to do what the question says.
+fn ask(question: &str) -> Result<(), Failure> {
+    let mut out = std::io::stderr();
     let mut answer = String::new();
-    write!(out, "{question}{verb} {what} now? [y/N] ")
+    write!(out, "{question}? [y/N] ")
         .and_then(|()| out.flush())
         .and_then(|()| std::io::stdin().read_line(&mut answer))
         .map_err(|error| Failure::because("the terminal cannot be asked", error))?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         return Ok(());
     }
-    Err(Failure::Usage(format!("{verb} not confirmed: nothing was changed")))
+    Err(Failure::Usage("not confirmed: nothing was changed".to_owned()))
 }
 
 async fn audit(command: AuditCommand) -> Result<(), Failure> {
@@ -835,6 +941,9 @@ mod tests {
             "updates plan 2026-04-23-org-ca-pathlen-1 --rollback --full",
             "updates apply --all --yes",
             "updates apply 2026-04-23-org-ca-pathlen-1 --plan-digest 00ff",
+            "updates propose 2026-04-23-org-ca-pathlen-1 --yes",
+            "updates approve 2026-04-23-org-ca-pathlen-1 --rollback --plan-digest 00ff",
+            "updates proposals 2026-04-23-org-ca-pathlen-1 --json",
             "updates doctor --json",
             "updates snapshots",
             "audit list --event-type admin.update_applied --limit 5",

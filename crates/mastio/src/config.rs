@@ -59,6 +59,8 @@ pub struct Config {
     pub redis_url: Option<String>,
     /// `MCP_PROXY_STRICT_PKI`: refuse to serve with a legacy Org CA.
     pub strict_pki: bool,
+    /// `MCP_PROXY_UPDATE_APPROVALS=2`: an apply and a rollback need a plan that two operators stand behind.
+    pub two_person: bool,
     /// `MCP_PROXY_INTERNAL_HOST_ALLOWLIST`: private hosts that upstream tools may have, in lower case.
     pub internal_host_allowlist: Vec<String>,
     /// `MCP_PROXY_RATE_LIMIT_PER_MINUTE`: an agent's; 0 is none.
@@ -125,6 +127,7 @@ const DATABASE_URL: &str = "MCP_PROXY_DATABASE_URL";
 const REDIS_URL: &str = "MCP_PROXY_REDIS_URL";
 const DB_ENCRYPTION_KEY: &str = "MCP_PROXY_DB_ENCRYPTION_KEY";
 const STRICT_PKI: &str = "MCP_PROXY_STRICT_PKI";
+const UPDATE_APPROVALS: &str = "MCP_PROXY_UPDATE_APPROVALS";
 const INTERNAL_HOST_ALLOWLIST: &str = "MCP_PROXY_INTERNAL_HOST_ALLOWLIST";
 const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
@@ -179,7 +182,7 @@ impl EgressDpop {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 22] = [
+pub const SETTINGS: [Setting; 23] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -232,6 +235,15 @@ pub const SETTINGS: [Setting; 22] = [
     with_default(
         setting(STRICT_PKI, "strict-pki", "BOOL", "Refuse to serve while the Org CA has pathLen=0"),
         "false",
+    ),
+    with_default(
+        setting(
+            UPDATE_APPROVALS,
+            "update-approvals",
+            "1|2",
+            "How many operators must stand behind an apply or a rollback",
+        ),
+        "1",
     ),
     with_default(
         setting(
@@ -718,6 +730,11 @@ impl Values {
             db_encryption_key: self.given(DB_ENCRYPTION_KEY).map(str::to_owned),
             redis_url: self.redis_url()?,
             strict_pki: self.read(STRICT_PKI, "true or false", truth)?,
+            two_person: self.read(UPDATE_APPROVALS, "1 or 2", |text| match text {
+                "1" => Some(false),
+                "2" => Some(true),
+                _ => None,
+            })?,
             internal_host_allowlist: self.read(
                 INTERNAL_HOST_ALLOWLIST,
                 "host names or addresses separated by commas, without a scheme or a path",

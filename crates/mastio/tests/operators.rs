@@ -251,3 +251,155 @@ fn an_apply_bears_the_name_of_its_operator() {
     deploy.start();
     assert_eq!(actors(&deploy, "admin.update_rolled_back"), ["oscar"]);
 }
+
+/// A deploy on which two operators stand behind a run: bob and alice may, vera may not.
+fn guarded(database: Database) -> Option<(Deploy, [String; 3])> {
+    let deploy = Deploy::legacy("py_connector5_pending")?.on(database);
+    let mut deploy = deploy.set("MCP_PROXY_UPDATE_APPROVALS", "2");
+    deploy.start();
+    let operators = [("bob", "operator"), ("alice", "admin"), ("vera", "viewer")];
+    let operators = operators.map(|(name, role)| add(&deploy, name, role));
+    Some((deploy, operators))
+}
+
+fn digest(deploy: &Deploy, plan: &str) -> String {
+    let plan = deploy.admin_get(&format!("/proxy/updates/{MIGRATION}/{plan}")).expect(200);
+    plan["plan_digest"].as_str().unwrap().to_owned()
+}
+
+fn reason(answer: &Answer) -> String {
+    assert_eq!(answer.status, 409, "{answer:?}");
+    answer.detail()["reason"].as_str().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn two_operators_stand_behind_an_apply_and_a_rollback_on_sqlite() {
+    two_operators_stand_behind_a_run(Database::Sqlite);
+}
+
+#[test]
+fn two_operators_stand_behind_an_apply_and_a_rollback_on_postgres() {
+    two_operators_stand_behind_a_run(Database::Postgres);
+}
+
+fn two_operators_stand_behind_a_run(database: Database) {
+    let Some((mut deploy, [bob, alice, vera])) = guarded(database) else { return };
+    let path = |action: &str| format!("/proxy/updates/{MIGRATION}/{action}");
+    let yes = json!({ "confirm": true });
+    let refused = post(&deploy, &path("apply"), &bob, &yes);
+    assert_eq!(reason(&refused), "approval_required");
+    let next = format!("mastio updates propose {MIGRATION}");
+    assert!(refused.detail()["message"].as_str().unwrap().ends_with(&next), "{refused:?}");
+    let plan = digest(&deploy, "plan");
+    let with_plan = json!({ "confirm": true, "plan_digest": plan });
+    assert_eq!(reason(&post(&deploy, &path("apply"), &bob, &with_plan)), "approval_required");
+
+    // Bob proposes; neither he nor a viewer approves; proposing it again is the same proposal.
+    let body = json!({ "plan_digest": plan });
+    let proposal = post(&deploy, &path("proposals"), &bob, &body).expect(201);
+    assert_eq!(
+        (proposal["status"].as_str(), proposal["direction"].as_str()),
+        (Some("proposed"), Some("apply"))
+    );
+    let again = post(&deploy, &path("proposals"), &bob, &body).expect(201);
+    assert_eq!(again["proposal_id"], proposal["proposal_id"]);
+    assert_eq!(reason(&post(&deploy, &path("proposals"), &alice, &body)), "already_proposed");
+    let approve = path(&format!("proposals/{}/approve", proposal["proposal_id"].as_str().unwrap()));
+    assert_eq!(reason(&post(&deploy, &approve, &bob, &json!({}))), "same_person");
+    assert_eq!(post(&deploy, &approve, &vera, &json!({})).status, 403);
+    let waiting = post(&deploy, &path("apply"), &bob, &yes);
+    assert_eq!(
+        (reason(&waiting), waiting.detail()["proposed_by"].as_str()),
+        ("approval_required".to_owned(), Some("bob"))
+    );
+    assert_eq!(post(&deploy, &path("proposals/no-such/approve"), &alice, &json!({})).status, 404);
+
+    // Alice approves, once; then the plan is run, once.
+    assert_eq!(post(&deploy, &approve, &alice, &json!({})).expect(200)["status"], "approved");
+    assert_eq!(reason(&post(&deploy, &approve, &alice, &json!({}))), "proposal_closed");
+    post(&deploy, &path("apply"), &bob, &yes).expect(200);
+    let applied = deploy.admin_get("/v1/admin/audit?event_type=admin.update_applied").expect(200);
+    assert_eq!(applied[0]["actor"], "bob");
+    let details = &applied[0]["details"];
+    assert_eq!(
+        (details["proposed_by"].as_str(), details["approved_by"].as_str()),
+        (Some("bob"), Some("alice"))
+    );
+    assert_eq!(actors(&deploy, "admin.update_proposed"), ["bob"]);
+    assert_eq!(actors(&deploy, "admin.update_approved"), ["alice"]);
+
+    // The rollback needs its own, and the command line obeys on a stopped deploy too.
+    assert_eq!(reason(&post(&deploy, &path("rollback"), &bob, &yes)), "approval_required");
+    let propose = ["updates", "propose", MIGRATION, "--rollback", "--yes", "--operator-credential", &alice];
+    stdout(&deploy.mastio(&propose));
+    deploy.stop();
+    let rollback = ["updates", "rollback", MIGRATION, "--yes"];
+    let refused = deploy.mastio(&rollback);
+    assert_eq!(refused.status.code(), Some(3), "{}", String::from_utf8_lossy(&refused.stderr));
+    let approve = ["updates", "approve", MIGRATION, "--rollback", "--yes"];
+    let by_alice = deploy.mastio(&[&approve[..], &["--operator-credential", &alice]].concat());
+    assert_eq!(by_alice.status.code(), Some(3), "{}", String::from_utf8_lossy(&by_alice.stderr));
+    stdout(&deploy.mastio(&[&approve[..], &["--operator-credential", &bob]].concat()));
+    stdout(&deploy.mastio(&rollback));
+    deploy.start();
+    let rolled_back = deploy.admin_get("/v1/admin/audit?event_type=admin.update_rolled_back").expect(200);
+    let details = &rolled_back[0]["details"];
+    assert_eq!(
+        (details["proposed_by"].as_str(), details["approved_by"].as_str()),
+        (Some("alice"), Some("bob"))
+    );
+    let listed = deploy.admin_get(&path("proposals")).expect(200);
+    let states: Vec<_> =
+        listed.as_array().unwrap().iter().map(|one| one["status"].as_str().unwrap()).collect();
+    assert_eq!(states, ["used", "used"]);
+    // What was used up does not count twice.
+    assert_eq!(reason(&post(&deploy, &path("apply"), &bob, &yes)), "approval_required");
+}
+
+#[test]
+fn a_proposal_is_void_when_the_state_has_moved_or_its_time_is_over() {
+    let Some((deploy, [bob, alice, _])) = guarded(Database::Sqlite) else { return };
+    let path = |action: &str| format!("/proxy/updates/{MIGRATION}/{action}");
+    let propose = |by: &str| {
+        let body = json!({ "plan_digest": digest(&deploy, "plan") });
+        let proposal = post(&deploy, &path("proposals"), by, &body).expect(201);
+        path(&format!("proposals/{}/approve", proposal["proposal_id"].as_str().unwrap()))
+    };
+    let stale = json!({ "plan_digest": "00".repeat(32) });
+    assert_eq!(reason(&post(&deploy, &path("proposals"), &bob, &stale)), "plan_changed");
+
+    // The state moves before the approval.
+    let approve = propose(&bob);
+    deploy.sql("DELETE FROM internal_agents WHERE agent_id LIKE '%::agent-0001'");
+    let moved = post(&deploy, &approve, &alice, &json!({}));
+    assert_eq!(reason(&moved), "plan_changed");
+    assert_eq!(moved.detail()["differences"]["left"]["count"], 1, "{moved:?}");
+    assert_eq!(reason(&post(&deploy, &approve, &alice, &json!({}))), "proposal_closed");
+    assert_eq!(actors(&deploy, "admin.update_proposal_void"), ["alice"]);
+
+    // It moves after the approval, and before the run.
+    let approve = propose(&bob);
+    post(&deploy, &approve, &alice, &json!({})).expect(200);
+    deploy.sql("DELETE FROM internal_agents WHERE agent_id LIKE '%::agent-0002'");
+    let moved = post(&deploy, &path("apply"), &bob, &json!({ "confirm": true }));
+    assert_eq!(reason(&moved), "plan_changed");
+
+    // Its time is over.
+    let approve = propose(&alice);
+    deploy.sql("UPDATE update_proposals SET expires_at = 1 WHERE void IS NULL AND run_id IS NULL");
+    assert_eq!(reason(&post(&deploy, &approve, &bob, &json!({}))), "proposal_closed");
+    let refused = post(&deploy, &path("apply"), &bob, &json!({ "confirm": true }));
+    assert_eq!(
+        (reason(&refused), refused.detail()["proposed_by"].clone()),
+        ("approval_required".to_owned(), Value::Null)
+    );
+
+    // The shared secret and a command without a credential are one person.
+    let approve = propose(ADMIN_SECRET);
+    deploy.sql(
+        "UPDATE update_proposals SET proposed_by = 'command-line' WHERE void IS NULL AND run_id IS NULL",
+    );
+    assert_eq!(reason(&deploy.admin_post(approve.as_str(), &json!({}))), "same_person");
+    post(&deploy, &approve, &bob, &json!({})).expect(200);
+    post(&deploy, &path("apply"), &bob, &json!({ "confirm": true })).expect(200);
+}

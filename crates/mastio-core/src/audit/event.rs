@@ -77,6 +77,12 @@ event_types! {
     UpdateVerified = "admin.update_verified",
     /// An update is no longer needed, and was closed without being applied.
     UpdateClosed = "admin.update_closed",
+    /// An operator proposed the plan of an update, or of its rollback, to the others.
+    UpdateProposed = "admin.update_proposed",
+    /// Another operator approved a proposed plan.
+    UpdateApproved = "admin.update_approved",
+    /// A proposal is void, because the state has moved since.
+    UpdateProposalVoid = "admin.update_proposal_void",
     /// The key that signs access tokens was rotated.
     MastioKeyRotated = "admin.mastio_key_rotated",
     /// A predecessor's database was taken over.

@@ -152,6 +152,35 @@ pub(super) async fn change_update(
     }
 }
 
+/// The rows of `GET /proxy/updates/{id}/proposals`.
+pub(super) async fn list_proposals(config: &Config, id: &str) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    deploy.updates.proposals(id).await.map(Value::Array).map_err(|error| Failure::of(&error))
+}
+
+/// The answer of `POST /proxy/updates/{id}/proposals`.
+pub(super) async fn propose_plan(
+    config: &Config,
+    direction: Direction,
+    id: &str,
+    plan_digest: &str,
+) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let proposal = deploy.updates.propose_plan(id, direction, plan_digest, &actor).await;
+    let now = deploy.pki.clock.now().seconds();
+    proposal.map(|proposal| proposal.to_json(now)).map_err(|error| Failure::of(&error))
+}
+
+/// The answer of `POST /proxy/updates/{id}/proposals/{proposal_id}/approve`.
+pub(super) async fn approve_proposal(config: &Config, id: &str, proposal_id: &str) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let proposal = deploy.updates.approve_plan(id, proposal_id, &actor).await;
+    let now = deploy.pki.clock.now().seconds();
+    proposal.map(|proposal| proposal.to_json(now)).map_err(|error| Failure::of(&error))
+}
+
 /// The rows of `GET /proxy/updates/snapshots`.
 pub async fn list_snapshots(config: &Config) -> Result<Value, Failure> {
     let deploy = open(config).await?;
@@ -260,10 +289,11 @@ pub async fn add_agent(
     display_name: Option<&str>,
     capabilities: &[String],
 ) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
     let display_name = display_name.unwrap_or(name);
     let created =
-        agents.create_managed(name, display_name, capabilities, false, ACTOR).await.map_err(refused)?;
+        agents.create_managed(name, display_name, capabilities, false, &actor).await.map_err(refused)?;
     Ok(json!({
         "agent_id": created.agent.agent_id,
         "display_name": created.agent.display_name,
@@ -276,12 +306,13 @@ pub async fn add_agent(
 
 /// The answer of `POST /v1/admin/agents/{id}/deactivate` or `…/reactivate`.
 pub async fn set_active(config: &Config, agent_id: &str, active: bool) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
     let agent_id = agents.canonical(agent_id);
     let done = if active {
-        agents.reactivate(&agent_id, ACTOR).await
+        agents.reactivate(&agent_id, &actor).await
     } else {
-        agents.deactivate(&agent_id, ACTOR).await
+        agents.deactivate(&agent_id, &actor).await
     };
     done.map_err(refused)?;
     Ok(json!({ "agent_id": agent_id, "is_active": active }))
@@ -289,15 +320,17 @@ pub async fn set_active(config: &Config, agent_id: &str, active: bool) -> Result
 
 /// What `DELETE /v1/admin/agents/{id}?permanently=true` does.
 pub async fn delete_agent(config: &Config, agent_id: &str) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
-    agents.delete(&agents.canonical(agent_id), ACTOR).await.map_err(refused)?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
+    agents.delete(&agents.canonical(agent_id), &actor).await.map_err(refused)?;
     Ok(Value::Null)
 }
 
 /// The answer of `POST /v1/admin/agents/{id}/renew`.
 pub async fn renew_agent(config: &Config, agent_id: &str) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
-    let renewed = agents.renew(&agents.canonical(agent_id), None, None, ACTOR).await.map_err(refused)?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let renewed = agents.renew(&agents.canonical(agent_id), None, None, &actor).await.map_err(refused)?;
     Ok(renewed.to_json())
 }
 
@@ -323,15 +356,17 @@ pub async fn approve(
     agent_id: &str,
     capabilities: &[String],
 ) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
-    let agent_id = agents.approve(session_id, agent_id, capabilities, ACTOR).await.map_err(refused)?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
+    let agent_id = agents.approve(session_id, agent_id, capabilities, &actor).await.map_err(refused)?;
     Ok(json!({ "status": "approved", "agent_id": agent_id }))
 }
 
 /// The answer of `POST /v1/admin/enrollments/{session}/reject`.
 pub async fn reject(config: &Config, session_id: &str, reason: &str) -> Result<Value, Failure> {
-    let (_deploy, agents) = agents(config).await?;
-    agents.reject(session_id, reason, ACTOR).await.map_err(refused)?;
+    let (deploy, agents) = agents(config).await?;
+    let actor = actor(config, &deploy).await?;
+    agents.reject(session_id, reason, &actor).await.map_err(refused)?;
     Ok(json!({ "status": "rejected" }))
 }
 

@@ -145,6 +145,29 @@ impl Remote {
         self.send(Method::POST, &path, &[], Some(&body), None).await
     }
 
+    /// `GET /proxy/updates/{id}/proposals`.
+    pub(crate) async fn list_proposals(&self, id: &str) -> Result<Value, Failure> {
+        self.get(&["proxy", "updates", id, "proposals"], &[]).await
+    }
+
+    /// `POST /proxy/updates/{id}/proposals`.
+    pub(crate) async fn propose_plan(
+        &self,
+        direction: Direction,
+        id: &str,
+        plan_digest: &str,
+    ) -> Result<Value, Failure> {
+        let body = json!({ "plan_digest": plan_digest, "direction": direction.as_str() });
+        // It computes the plan again.
+        self.send(Method::POST, &["proxy", "updates", id, "proposals"], &[], Some(&body), None).await
+    }
+
+    /// `POST /proxy/updates/{id}/proposals/{proposal_id}/approve`.
+    pub(crate) async fn approve_proposal(&self, id: &str, proposal_id: &str) -> Result<Value, Failure> {
+        let path = ["proxy", "updates", id, "proposals", proposal_id, "approve"];
+        self.send(Method::POST, &path, &[], None, None).await
+    }
+
     /// `GET /proxy/updates/{id}/events`; nothing where the server does not tell.
     pub(crate) async fn events(&self, id: &str) -> Option<Events> {
         let path = ["proxy", "updates", id, "events"];

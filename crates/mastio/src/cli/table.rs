@@ -58,6 +58,10 @@ pub(super) fn agents(list: &Value) -> String {
             ["agent_id", "display_name", "enrollment", "is_active", "capabilities"]
                 .map(|field| cell(&row[field]));
         table.add_row([id, name, enrollment, active, capabilities, cell(&row["certificate"]["not_after"])]);
+    }
+    table.to_string()
+}
+
 /// The list of operators.
 pub(super) fn operators(list: &Value) -> String {
     let mut table = table(&["operator", "role", "last seen", "added", "by", "deactivated"]);
@@ -93,6 +97,8 @@ pub(super) fn enrollments(list: &Value) -> String {
         );
     }
     table.to_string()
+}
+
 /// An operator's secret, which is shown this once.
 pub(super) fn issued(issued: &Value) -> String {
     format!(
@@ -104,6 +110,22 @@ pub(super) fn issued(issued: &Value) -> String {
         cell(&issued["name"]),
         cell(&issued["secret"]),
     )
+}
+
+/// Plans that wait for another operator, or have been run.
+pub(super) fn proposals(list: &Value) -> String {
+    if rows(list).next().is_none() {
+        return "no proposals".to_owned();
+    }
+    let mut table =
+        table(&["proposal", "direction", "status", "proposed by", "approved by", "until", "plan digest"]);
+    for row in rows(list) {
+        table.add_row(
+            ["proposal_id", "direction", "status", "proposed_by", "approved_by", "expires_at", "plan_digest"]
+                .map(|field| cell(&row[field])),
+        );
+    }
+    table.to_string()
 }
 
 /// The list of updates.

@@ -24,7 +24,8 @@ use tower::ServiceExt as _;
 use super::upstream::{CALLS_PER_HOST_MAX, SCHEMA_BYTES_MAX};
 use super::*;
 use crate::clock::ManualClock;
-use crate::http::authn::AdminCaller;
+use crate::http::authn::AdminSecret;
+use crate::operators::Operators;
 use crate::store::{DatabaseUrl, Query as _, schema};
 use crate::values;
 
@@ -327,7 +328,11 @@ fn router(gateway: &Arc<Gateway>) -> Router {
         source: [192, 0, 2, 1].into(),
         client_certificate: None,
     };
-    routes(Arc::clone(gateway)).layer(Extension(context)).layer(Extension(AdminCaller::shared()))
+    let shared = AdminSecret::new("s3cret".to_owned());
+    let operators = Operators::new(gateway.store.clone(), Arc::clone(&gateway.entropy), shared);
+    routes(Arc::clone(gateway))
+        .layer(axum::middleware::from_fn_with_state(Arc::new(operators), crate::operators::http::guard))
+        .layer(Extension(context))
 }
 
 async fn send(router: &Router, request: Request<Body>) -> (StatusCode, String) {

@@ -26,8 +26,17 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     // Agents.
     ("GET", "/v1/admin/agents", Api(Viewer)),
     ("POST", "/v1/admin/agents", Api(Operator)),
+    ("GET", "/v1/admin/agents/{agent_id}", Api(Viewer)),
     ("DELETE", "/v1/admin/agents/{agent_id}", Api(Operator)),
+    ("POST", "/v1/admin/agents/{agent_id}/deactivate", Api(Operator)),
+    ("POST", "/v1/admin/agents/{agent_id}/reactivate", Api(Operator)),
+    ("POST", "/v1/admin/agents/{agent_id}/renew", Api(Operator)),
     ("POST", "/v1/admin/agents/{agent_id}/dpop-jwk", Api(Operator)),
+    // Requests for an identity.
+    ("GET", "/v1/admin/enrollments", Api(Viewer)),
+    ("GET", "/v1/admin/enrollments/{session_id}", Api(Viewer)),
+    ("POST", "/v1/admin/enrollments/{session_id}/approve", Api(Operator)),
+    ("POST", "/v1/admin/enrollments/{session_id}/reject", Api(Operator)),
     // Upstream tools.
     ("GET", "/v1/admin/mcp-resources", Api(Viewer)),
     ("POST", "/v1/admin/mcp-resources", Api(Operator)),
@@ -53,6 +62,9 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/proxy/updates/{migration_id}/rollback-plan", Api(Viewer)),
     ("GET", "/proxy/updates/{migration_id}/progress", Api(Viewer)),
     ("GET", "/proxy/updates/{migration_id}/events", Api(Viewer)),
+    ("GET", "/proxy/updates/{migration_id}/proposals", Api(Viewer)),
+    ("POST", "/proxy/updates/{migration_id}/proposals", Api(Operator)),
+    ("POST", "/proxy/updates/{migration_id}/proposals/{proposal_id}/approve", Api(Operator)),
     ("POST", "/proxy/updates/{migration_id}/apply", Api(Operator)),
     ("POST", "/proxy/updates/{migration_id}/rollback", Api(Operator)),
     // Pages.
@@ -73,6 +85,9 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/proxy/mastio-key", Page(Viewer)),
     ("GET", "/proxy/settings", Page(Viewer)),
     ("GET", "/proxy/audit", Page(Viewer)),
+    ("GET", "/proxy/audit/rows", Page(Viewer)),
+    ("GET", "/proxy/audit/stream", Page(Viewer)),
+    ("GET", "/proxy/audit/{seq}", Page(Viewer)),
     // Reads the whole log; a form all the same.
     ("POST", "/proxy/audit", Page(Viewer)),
     ("GET", "/proxy/assets/{name}", Anyone),

@@ -268,6 +268,22 @@ const TABLES: &[Table] = &[
             "deactivated_at",
         ],
     },
+    Table {
+        name: "update_proposals",
+        columns: &[
+            "proposal_id",
+            "migration_id",
+            "direction",
+            "plan_digest",
+            "proposed_by",
+            "proposed_at",
+            "#expires_at",
+            "approved_by",
+            "approved_at",
+            "run_id",
+            "void",
+        ],
+    },
     Table { name: "used_jwt_ids", columns: &["jwt_id", "#expires_at"] },
     Table { name: "revoked_tokens", columns: &["jwt_id", "agent_id", "#expires_at"] },
     Table {

@@ -14,6 +14,7 @@ use mastio_core::x509::Certificate;
 use mastio_core::x509::path;
 use serde_json::json;
 
+use super::approval::Approval;
 use super::crash::crash_point;
 use super::error::UpdateError;
 use super::halt::ExemptPermit;
@@ -55,6 +56,8 @@ pub(super) struct Run<'a> {
     pub direction: Direction,
     /// Digest of the images before that the operator's plan was made of; the run may change nothing else.
     pub planned: Option<String>,
+    /// The two operators who stand behind it, where two have to.
+    pub approval: Option<Approval>,
 }
 
 impl Run<'_> {
@@ -781,6 +784,10 @@ impl Run<'_> {
         if let Some(object) = details.as_object_mut() {
             object.insert("migration_id".to_owned(), json!(self.id()));
             object.insert("run_id".to_owned(), json!(self.run_id));
+            if let Some(approval) = &self.approval {
+                object.insert("proposed_by".to_owned(), json!(approval.proposed_by));
+                object.insert("approved_by".to_owned(), json!(approval.approved_by));
+            }
         }
         Event { event_type, actor: self.actor.clone(), details }
     }

@@ -58,6 +58,45 @@ pub enum UpdateError {
         /// What differs.
         differences: Box<Value>,
     },
+    /// Enough plans are being computed.
+    #[error("too many plans are being computed: try again in a moment")]
+    TooManyRehearsals,
+    /// Two operators have to stand behind a run, and they do not yet.
+    #[error("{}", approval_required(migration_id, direction, proposed_by.as_deref()))]
+    ApprovalRequired {
+        /// The update.
+        migration_id: String,
+        /// `apply` or `rollback`.
+        direction: &'static str,
+        /// Who has proposed its plan, where somebody has.
+        proposed_by: Option<String>,
+    },
+    /// Somebody else has proposed the same plan.
+    #[error("{by} has proposed this plan already: mastio updates approve {migration_id}")]
+    AlreadyProposed {
+        /// The update.
+        migration_id: String,
+        /// Who.
+        by: String,
+    },
+    /// Nobody approves what they have proposed.
+    #[error("{by} has proposed this plan: another operator must approve it")]
+    SamePerson {
+        /// Who.
+        by: String,
+    },
+    /// The proposal cannot be approved any more.
+    #[error("this proposal is {status}: look at the proposals again")]
+    ProposalClosed {
+        /// What it is.
+        status: String,
+    },
+    /// There is no such proposal.
+    #[error("no such proposal of {migration_id}: mastio updates proposals {migration_id} lists them")]
+    NoProposal {
+        /// The update.
+        migration_id: String,
+    },
     /// The state moved after the plan was compared and before the commit.
     #[error(
         "the state moved away from the plan while the update was prepared: nothing was changed; plan again"
@@ -114,10 +153,22 @@ pub enum UpdateError {
     Store(#[from] StoreError),
 }
 
+fn approval_required(migration_id: &str, direction: &str, proposed_by: Option<&str>) -> String {
+    let flag = if direction == "rollback" { " --rollback" } else { "" };
+    match proposed_by {
+        Some(by) => format!(
+            "{by} has proposed this {direction}; another operator must approve it: mastio updates approve {migration_id}{flag}"
+        ),
+        None => format!(
+            "this {direction} needs two operators; one proposes its plan, another approves it: mastio updates propose {migration_id}{flag}"
+        ),
+    }
+}
+
 impl Problem for UpdateError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Unknown(_) | Self::NoSnapshot => Kind::NotFound,
+            Self::Unknown(_) | Self::NoSnapshot | Self::NoProposal { .. } => Kind::NotFound,
             Self::Unconfirmed | Self::UnknownStatus(_) => Kind::Invalid,
             Self::AlreadyApplied
             | Self::NotNeeded
@@ -125,8 +176,13 @@ impl Problem for UpdateError {
             | Self::Blocked { .. }
             | Self::Running { .. }
             | Self::PlanChanged { .. }
+            | Self::ApprovalRequired { .. }
+            | Self::AlreadyProposed { .. }
+            | Self::SamePerson { .. }
+            | Self::ProposalClosed { .. }
             | Self::MovedSincePlan
             | Self::SnapshotDamaged { .. } => Kind::Conflict,
+            Self::TooManyRehearsals => Kind::Unavailable,
             Self::OutOfOrder { .. } => Kind::OutOfOrder,
             Self::Store(error) => error.kind(),
             Self::CannotCatchUp
@@ -157,6 +213,18 @@ impl Problem for UpdateError {
                 "plan_digest": present,
                 "differences": differences,
             }),
+            Self::ApprovalRequired { proposed_by, .. } => json!({
+                "reason": "approval_required",
+                "message": self.to_string(),
+                "proposed_by": proposed_by,
+            }),
+            Self::AlreadyProposed { .. } => {
+                json!({ "reason": "already_proposed", "message": self.to_string() })
+            }
+            Self::SamePerson { .. } => json!({ "reason": "same_person", "message": self.to_string() }),
+            Self::ProposalClosed { .. } => {
+                json!({ "reason": "proposal_closed", "message": self.to_string() })
+            }
             Self::MovedSincePlan => json!({ "reason": "plan_changed", "message": self.to_string() }),
             Self::SnapshotDamaged { .. } => {
                 json!({ "reason": "snapshot_damaged", "message": self.to_string() })

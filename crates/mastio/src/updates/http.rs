@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -19,6 +19,7 @@ use super::progress::Report;
 use super::{Direction, UpdateError, Updates};
 use crate::http::authn::AdminCaller;
 use crate::http::error::ApiError;
+use crate::http::json::Json;
 
 /// The routes of this capability.
 pub fn routes(updates: Arc<Updates>) -> Router {
@@ -30,6 +31,8 @@ pub fn routes(updates: Arc<Updates>) -> Router {
         .route("/proxy/updates/{migration_id}/rollback-plan", get(plan_rollback))
         .route("/proxy/updates/{migration_id}/progress", get(show_progress))
         .route("/proxy/updates/{migration_id}/events", get(watch_events))
+        .route("/proxy/updates/{migration_id}/proposals", get(list_proposals).post(propose_plan))
+        .route("/proxy/updates/{migration_id}/proposals/{proposal_id}/approve", post(approve_proposal))
         .route("/proxy/updates/{migration_id}/apply", post(apply_update))
         .route("/proxy/updates/{migration_id}/rollback", post(rollback_update))
         .with_state(updates)
@@ -149,6 +152,49 @@ fn event(report: Report) -> Event {
         Some(run_id) => event.id(run_id),
         None => event,
     }
+}
+
+async fn list_proposals(
+    _admin: AdminCaller,
+    State(updates): State<Arc<Updates>>,
+    Path(migration_id): Path<String>,
+) -> Result<axum::Json<Vec<Value>>, ApiError> {
+    Ok(axum::Json(updates.proposals(&migration_id).await?))
+}
+
+#[derive(Deserialize)]
+struct ProposePlan {
+    plan_digest: String,
+    direction: Option<String>,
+}
+
+/// Proposes a plan to the other operators: 201 with the proposal.
+async fn propose_plan(
+    admin: AdminCaller,
+    State(updates): State<Arc<Updates>>,
+    Path(migration_id): Path<String>,
+    Json(body): Json<ProposePlan>,
+) -> Result<(StatusCode, axum::Json<Value>), ApiError> {
+    let direction = match body.direction.as_deref() {
+        None | Some("apply") => Direction::Apply,
+        Some("rollback") => Direction::Rollback,
+        Some(other) => {
+            let detail = format!("unknown direction {other}: one of apply, rollback");
+            return Err(ApiError::new(Kind::Invalid, detail));
+        }
+    };
+    let proposal = updates.propose_plan(&migration_id, direction, &body.plan_digest, &admin.actor).await?;
+    Ok((StatusCode::CREATED, axum::Json(proposal.to_json(updates.pki.clock.now().seconds()))))
+}
+
+/// Approves what somebody else has proposed.
+async fn approve_proposal(
+    admin: AdminCaller,
+    State(updates): State<Arc<Updates>>,
+    Path((migration_id, proposal_id)): Path<(String, String)>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let proposal = updates.approve_plan(&migration_id, &proposal_id, &admin.actor).await?;
+    Ok(axum::Json(proposal.to_json(updates.pki.clock.now().seconds())))
 }
 
 #[derive(Deserialize)]

@@ -3,12 +3,13 @@
 //!
 //! The cast: [`registry`] lists the migrations; [`detector`] asks each at boot whether it is needed; [`halt`] decides
 //! whether anything may be signed; [`rehearsal`] computes a change set and drops it; [`order`] says who is next;
-//! [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
+//! [`approval`] whether two operators stand behind it; [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
 //! [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
 //! images. Order of an apply: admission under the lock of the audit head, then the run as a task of its own, which the
 //! caller only watches. A run that a crash has left behind is finished by the next boot: before its commit it has
 //! changed nothing and fails, after it only the activation is left.
 
+pub mod approval;
 mod crash;
 pub mod detector;
 pub mod doctor;
@@ -161,6 +162,7 @@ pub struct Updates {
     tls: OnceLock<Arc<Tls>>,
     metrics: OnceLock<Arc<Metrics>>,
     replica: String,
+    two_person: bool,
     progress: watch::Sender<Option<Progress>>,
     closing: watch::Sender<bool>,
     rehearsals: rehearsal::Rehearsals,
@@ -168,6 +170,20 @@ pub struct Updates {
     phase_since: Mutex<Option<(Phase, Instant)>>,
     running: AtomicBool,
     findings: ArcSwap<Findings>,
+}
+
+/// The plan that a run may carry out.
+struct HeldTo {
+    digest: String,
+    /// Digest of the images before alone.
+    before: String,
+}
+
+/// A run that was let in.
+struct Admitted {
+    run_id: String,
+    planned: Option<String>,
+    approval: Option<approval::Approval>,
 }
 
 /// What an apply or rollback ended in.
@@ -196,14 +212,15 @@ impl Done {
 }
 
 impl Updates {
-    /// The updates of `pki`. `replica` names this process in the journal.
+    /// The updates of `pki`. `replica` names this process in the journal; `two_person`: a run needs an [`approval`].
     #[must_use]
-    pub fn new(pki: Arc<Pki>, replica: String) -> Self {
+    pub fn new(pki: Arc<Pki>, replica: String, two_person: bool) -> Self {
         Self {
             pki,
             tls: OnceLock::new(),
             metrics: OnceLock::new(),
             replica,
+            two_person,
             progress: watch::Sender::new(None),
             closing: watch::Sender::new(false),
             rehearsals: rehearsal::Rehearsals::default(),
@@ -365,9 +382,11 @@ impl Updates {
         /// Changes that wait for a slow reader.
         const WAITING_MAX: usize = 256;
         let migration = self.known(migration_id).await?;
+        let stream = self.rehearsals.stream()?;
         let rehearsal = Rehearsal::begin(self, migration, direction).await?;
         let (lines, reader) = mpsc::channel(WAITING_MAX);
         tokio::spawn(async move {
+            let _stream = stream;
             let last = match rehearsal.walk(Some(lines.clone())).await {
                 Ok(rehearsed) => json!({ "kind": "plan", "plan": rehearsed.plan }),
                 Err(error) => json!({ "kind": "error", "detail": chain(&error) }),
@@ -416,18 +435,12 @@ impl Updates {
         plan_digest: Option<&str>,
     ) -> Result<Done, UpdateError> {
         let migration = self.known(migration_id).await?;
-        let planned = match plan_digest {
-            Some(digest) => {
-                order::admissible(&mut self.pki.store.read().await?, migration, direction).await?;
-                Some(rehearsal::compare(self, migration, direction, digest).await?.before)
-            }
-            None => None,
-        };
+        let held_to = self.held_to(migration, direction, plan_digest).await?;
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
         // A task of its own: a caller who hangs up between admission and start must not leave a run that nobody drives.
         tokio::spawn(async move {
-            let run_id = updates.admit(migration, direction, &actor).await?;
-            updates.run(migration, run_id, direction, &actor, planned).await
+            let admitted = updates.admit(migration, direction, &actor, held_to).await?;
+            updates.run(migration, admitted, direction, &actor).await
         })
         .await
         .unwrap_or(Err(UpdateError::Stopped))
@@ -443,12 +456,13 @@ impl Updates {
         actor: &str,
     ) -> Result<(), UpdateError> {
         let migration = self.known(migration_id).await?;
+        let held_to = self.held_to(migration, direction, None).await?;
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
         // A task of its own here too.
         let admission = tokio::spawn(async move {
-            let run_id = updates.admit(migration, direction, &actor).await?;
+            let admitted = updates.admit(migration, direction, &actor, held_to).await?;
             tokio::spawn(async move {
-                if let Err(error) = updates.run(migration, run_id, direction, &actor, None).await {
+                if let Err(error) = updates.run(migration, admitted, direction, &actor).await {
                     tracing::warn!(error = chain(&error), "update_run_ended_with_error");
                 }
             });
@@ -461,13 +475,42 @@ impl Updates {
         registry::find(migration_id).ok_or_else(|| UpdateError::Unknown(migration_id.to_owned()))
     }
 
+    /// The plan that a run is held to: the one that its operator names, or that two operators stand behind.
+    ///
+    /// Errors: [`UpdateError::PlanChanged`]; [`UpdateError::ApprovalRequired`].
+    async fn held_to(
+        self: &Arc<Self>,
+        migration: &'static dyn Migration,
+        direction: Direction,
+        plan_digest: Option<&str>,
+    ) -> Result<Option<HeldTo>, UpdateError> {
+        if plan_digest.is_none() && !self.two_person {
+            return Ok(None);
+        }
+        let mut tx = self.pki.store.read().await?;
+        order::admissible(&mut tx, migration, direction).await?;
+        let digest = if self.two_person {
+            let now = self.pki.clock.now().seconds();
+            let migration_id = migration.declaration().migration_id;
+            let approved = approval::approved(&mut tx, migration_id, direction, now).await?;
+            // Of another plan than the approved one, it is told how the present one differs.
+            plan_digest.map_or(approved.plan_digest, str::to_owned)
+        } else {
+            plan_digest.unwrap_or_default().to_owned()
+        };
+        drop(tx);
+        let before = rehearsal::compare(self, migration, direction, &digest).await?.before;
+        Ok(Some(HeldTo { digest, before }))
+    }
+
     /// Lets one run in, under the lock of the audit head (invariant I8).
     async fn admit(
         &self,
         migration: &'static dyn Migration,
         direction: Direction,
         actor: &str,
-    ) -> Result<String, UpdateError> {
+        held_to: Option<HeldTo>,
+    ) -> Result<Admitted, UpdateError> {
         let migration_id = migration.declaration().migration_id;
         let mut tx = self.pki.store.write().await?;
         order::admissible(&mut tx, migration, direction).await?;
@@ -483,24 +526,31 @@ impl Updates {
             now.seconds(),
         )
         .await?;
+        let approval = match (&held_to, self.two_person) {
+            (Some(HeldTo { digest, .. }), true) => {
+                let now = now.seconds();
+                Some(approval::take(&mut tx, migration_id, direction, digest, &run_id, now).await?)
+            }
+            _ => None,
+        };
         // Set before the commit that makes the run visible, or `recover` would take it for an orphan.
         self.running.store(true, Ordering::SeqCst);
         if let Err(error) = tx.commit_unaudited().await {
             self.running.store(false, Ordering::SeqCst);
             return Err(error.into());
         }
-        Ok(run_id)
+        Ok(Admitted { run_id, planned: held_to.map(|held_to| held_to.before), approval })
     }
 
     /// Runs as a task of its own: a caller that hangs up does not stop it.
     async fn run(
         self: &Arc<Self>,
         migration: &'static dyn Migration,
-        run_id: String,
+        admitted: Admitted,
         direction: Direction,
         actor: &str,
-        planned: Option<String>,
     ) -> Result<Done, UpdateError> {
+        let Admitted { run_id, planned, approval } = admitted;
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
         let migration_id = migration.declaration().migration_id;
         tokio::spawn(async move {
@@ -508,8 +558,9 @@ impl Updates {
             // The inner task catches a panic, so that the end of the run is written down whatever happens.
             let (id, by) = (run_id.clone(), actor.clone());
             let result = tokio::spawn(async move {
+                let updates = &for_run;
                 let run =
-                    engine::Run { updates: &for_run, migration, run_id: id, actor: by, direction, planned };
+                    engine::Run { updates, migration, run_id: id, actor: by, direction, planned, approval };
                 match direction {
                     Direction::Apply => run.apply().await,
                     Direction::Rollback => run.rollback().await.map(Some),
@@ -659,6 +710,7 @@ impl Updates {
                 actor: open.actor.clone(),
                 direction,
                 planned: None,
+                approval: None,
             };
             let result = run.activate().await;
             self.progress.send_replace(None);

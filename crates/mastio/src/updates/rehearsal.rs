@@ -16,7 +16,7 @@ use aws_lc_rs::digest::{self, Context, SHA256};
 use mastio_core::x509::extension::{AUTHORITY_KEY_IDENTIFIER, SUBJECT_KEY_IDENTIFIER};
 use mastio_core::x509::{Certificate, KeyAlgorithm};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::engine::{self, BATCH_LEAVES, Carried, Fleet};
 use super::error::UpdateError;
@@ -35,6 +35,12 @@ const BATCH_ROLLBACK_LEAVES: i64 = 256;
 const REMEMBERED_MAX: usize = 4;
 /// Agents of one rehearsal that are kept; of a larger fleet only counts can be told.
 const REMEMBERED_AGENTS_MAX: usize = 100_000;
+/// Rehearsals under way at once: each computes on all cores.
+const AT_ONCE_MAX: usize = 4;
+/// Of these, those that are told line by line.
+const STREAMS_MAX: usize = 2;
+/// Rehearsals that wait for their turn at most.
+const WAITING_MAX: usize = 16;
 /// Agents that one list of differences names.
 const NAMED_MAX: usize = 20;
 
@@ -208,6 +214,7 @@ pub(super) struct Rehearsal {
     evidence: Value,
     note: Option<String>,
     took: Duration,
+    _place: Place,
 }
 
 enum Way {
@@ -229,6 +236,7 @@ impl Rehearsal {
         migration: &'static dyn Migration,
         direction: Direction,
     ) -> Result<Self, UpdateError> {
+        let place = updates.rehearsals.place().await?;
         let began = Instant::now();
         let view = Arc::new(engine::view(updates, migration.declaration().migration_id).await?);
         let evidence = evidence(&view);
@@ -236,7 +244,8 @@ impl Rehearsal {
             Direction::Apply => Self::begin_apply(updates, migration, view).await?,
             Direction::Rollback => (Self::begin_rollback(updates, migration).await?, None),
         };
-        Ok(Self { updates: Arc::clone(updates), migration, way, evidence, note, took: began.elapsed() })
+        let took = began.elapsed();
+        Ok(Self { updates: Arc::clone(updates), migration, way, evidence, note, took, _place: place })
     }
 
     async fn begin_apply(
@@ -436,6 +445,7 @@ fn rollback_run<'a>(updates: &'a Updates, migration: &'static dyn Migration) -> 
         actor: String::new(),
         direction: Direction::Rollback,
         planned: None,
+        approval: None,
     }
 }
 
@@ -874,13 +884,50 @@ fn named<'a>(agents: impl Iterator<Item = &'a Box<str>>) -> Value {
     json!({ "count": count, "agents": names })
 }
 
-/// The last few rehearsals of this process.
-#[derive(Default)]
-pub(super) struct Rehearsals(Mutex<VecDeque<(String, Lines)>>);
+/// The last few rehearsals of this process, and the places for those under way.
+pub(super) struct Rehearsals {
+    kept: Mutex<VecDeque<(String, Lines)>>,
+    places: Arc<Semaphore>,
+    queue: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+}
+
+impl Default for Rehearsals {
+    fn default() -> Self {
+        Self {
+            kept: Mutex::default(),
+            places: Arc::new(Semaphore::new(AT_ONCE_MAX)),
+            queue: Arc::new(Semaphore::new(AT_ONCE_MAX + WAITING_MAX)),
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+        }
+    }
+}
+
+/// A place among the rehearsals under way.
+struct Place {
+    _place: OwnedSemaphorePermit,
+    _queue: OwnedSemaphorePermit,
+}
 
 impl Rehearsals {
+    /// A place for one more, waited for in a bounded queue. Errors: [`UpdateError::TooManyRehearsals`].
+    async fn place(&self) -> Result<Place, UpdateError> {
+        let full = |_| UpdateError::TooManyRehearsals;
+        let queue = Arc::clone(&self.queue).try_acquire_owned().map_err(full)?;
+        let place =
+            Arc::clone(&self.places).acquire_owned().await.map_err(|_| UpdateError::TooManyRehearsals)?;
+        Ok(Place { _place: place, _queue: queue })
+    }
+
+    /// The right to tell a rehearsal line by line: a reader that is slow holds its place for long.
+    ///
+    /// Errors: [`UpdateError::TooManyRehearsals`].
+    pub fn stream(&self) -> Result<OwnedSemaphorePermit, UpdateError> {
+        Arc::clone(&self.streams).try_acquire_owned().map_err(|_| UpdateError::TooManyRehearsals)
+    }
+
     fn remember(&self, plan_digest: String, lines: Lines) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|(digest, _)| *digest != plan_digest);
         kept.push_back((plan_digest, lines));
         while kept.len() > REMEMBERED_MAX {
@@ -890,7 +937,7 @@ impl Rehearsals {
 
     /// What differs between two plans, as far as this process has made both.
     fn differences(&self, earlier: &str, present: &str) -> Value {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let lines = |digest: &str| kept.iter().find(|(kept, _)| kept == digest).map(|(_, lines)| lines);
         match (lines(earlier), lines(present)) {
             (Some(earlier), Some(present)) => present.since(earlier),

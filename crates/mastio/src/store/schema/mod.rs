@@ -12,6 +12,7 @@ mod s0005_audit_subject;
 mod s0006_enrollment_requests;
 mod s0007_resource_servers;
 mod s0008_operators;
+mod s0009_proposals;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ pub const STEPS: &[Step] = &[
     s0006_enrollment_requests::STEP,
     s0007_resource_servers::STEP,
     s0008_operators::STEP,
+    s0009_proposals::STEP,
     // The next step goes here.
 ];
 
