@@ -384,7 +384,8 @@ pub(super) async fn add_resource_server(
     resource: &str,
 ) -> Result<Value, Failure> {
     let deploy = open(config).await?;
-    let added = resource_servers::add(&deploy.pki, name, resource, ACTOR).await;
+    let actor = actor(config, &deploy).await?;
+    let added = resource_servers::add(&deploy.pki, name, resource, &actor).await;
     let (server, secret) = added.map_err(|error| Failure::of(&error))?;
     Ok(created_json(&server, &secret))
 }
@@ -392,7 +393,8 @@ pub(super) async fn add_resource_server(
 /// What `DELETE /v1/admin/resource-servers/{id}` does.
 pub(super) async fn remove_resource_server(config: &Config, id: &str) -> Result<(), Failure> {
     let deploy = open(config).await?;
-    resource_servers::remove(&deploy.pki, id, ACTOR).await.map_err(|error| Failure::of(&error))
+    let actor = actor(config, &deploy).await?;
+    resource_servers::remove(&deploy.pki, id, &actor).await.map_err(|error| Failure::of(&error))
 }
 
 /// What `serve` would find in the database, which stays as it is.

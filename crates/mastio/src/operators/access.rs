@@ -44,6 +44,10 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/v1/admin/mcp-resources/bindings", Api(Viewer)),
     ("POST", "/v1/admin/mcp-resources/bindings", Api(Operator)),
     ("DELETE", "/v1/admin/mcp-resources/bindings/{binding_id}", Api(Operator)),
+    // Who may ask about access tokens: a secret for each.
+    ("GET", "/v1/admin/resource-servers", Api(Viewer)),
+    ("POST", "/v1/admin/resource-servers", Api(Operator)),
+    ("DELETE", "/v1/admin/resource-servers/{resource_server_id}", Api(Operator)),
     // Certificates.
     ("POST", "/v1/admin/pki/byoca-certificates", Api(Operator)),
     // The audit log.
@@ -81,6 +85,15 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/proxy/updates/{migration_id}/rollback-review", Page(Operator)),
     ("GET", "/proxy/agents", Page(Viewer)),
     ("GET", "/proxy/agents/{agent_id}", Page(Viewer)),
+    ("POST", "/proxy/agents/{agent_id}/deactivate", Page(Operator)),
+    ("POST", "/proxy/agents/{agent_id}/reactivate", Page(Operator)),
+    ("POST", "/proxy/agents/{agent_id}/renew", Page(Operator)),
+    ("POST", "/proxy/agents/{agent_id}/delete", Page(Operator)),
+    ("GET", "/proxy/enrollments", Page(Viewer)),
+    ("GET", "/proxy/enrollments/rows", Page(Viewer)),
+    ("GET", "/proxy/enrollments/{session_id}", Page(Viewer)),
+    ("POST", "/proxy/enrollments/{session_id}/approve", Page(Operator)),
+    ("POST", "/proxy/enrollments/{session_id}/reject", Page(Operator)),
     ("GET", "/proxy/pki", Page(Viewer)),
     ("GET", "/proxy/mastio-key", Page(Viewer)),
     ("GET", "/proxy/settings", Page(Viewer)),
