@@ -63,6 +63,8 @@ const RECOVER_PERIOD: Duration = Duration::from_secs(5);
 const TLS_PERIOD: Duration = Duration::from_secs(3600);
 /// How often agents' certificates that end soon are logged.
 const EXPIRY_PERIOD: Duration = Duration::from_secs(3600);
+/// How often MCP servers are asked for their tools.
+const UPSTREAM_PERIOD: Duration = Duration::from_secs(300);
 /// The file that says which process holds the data directory.
 const LOCK_FILE: &str = "mastio.lock";
 /// The file that names this replica in the journal of runs.
@@ -287,6 +289,13 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
             urls.clone(),
             refusals.clone(),
         )),
+        sealing: pki.shared_sealing(),
+        peers: gateway::Peers::default(),
+        underway: gateway::Underway::default(),
+        schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
+        tool_limits: RateLimit::per_minute(0),
+        urls: urls.clone(),
+        metrics: Arc::clone(&metrics),
     });
 
     let listener = server::bind(config.listen)
@@ -326,7 +335,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         .merge(pki::http::routes(Arc::clone(&pki)))
         .merge(enrollment::http::routes(Arc::clone(&agents)))
         .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics), refusals.clone()))
-        .merge(gateway::routes(gateway))
+        .merge(gateway::routes(Arc::clone(&gateway)))
         .merge(updates::http::routes(Arc::clone(&updates)))
         .merge(crate::audit::http::routes(pki.store.clone()))
         .merge(operators::http::routes(Arc::clone(&operators)))
@@ -351,6 +360,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     };
     let mut jobs = jobs(&pki, &updates, &tls, &agents);
     jobs.push(summarise(refusals, Arc::clone(&pki)));
+    jobs.push(look_at_upstreams(gateway));
     jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
@@ -365,6 +375,19 @@ fn summarise(refusals: Refusals, pki: Arc<Pki>) -> JoinHandle<()> {
         loop {
             ticks.tick().await;
             refusals.summarise(pki.clock.now().seconds()).await;
+        }
+    })
+}
+
+/// Looks at every MCP server now and then: a definition that has changed is blocked before anybody calls it.
+fn look_at_upstreams(gateway: Arc<Gateway>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(UPSTREAM_PERIOD);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let now = gateway.store.clock().now().seconds();
+            gateway.look_at_all(now).await;
         }
     })
 }

@@ -71,6 +71,18 @@ struct Within {
     within: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct McpCall {
+    upstream: String,
+    tool: String,
+    outcome: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct McpUpstream {
+    upstream: String,
+}
+
 /// What a certificate is for, in `cullis_certificate_not_after_seconds`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CertificateTier {
@@ -150,6 +162,8 @@ pub struct Metrics {
     audit_append_failures: Counter,
     update_phase: Family<Phase, Histogram>,
     recent: recent::Recent,
+    mcp_calls: Family<McpCall, Counter>,
+    mcp_call: Family<McpUpstream, Histogram>,
 }
 
 impl Default for Metrics {
@@ -172,6 +186,9 @@ impl Metrics {
         let audit_append_failures = Counter::default();
         let update_phase =
             Family::new_with_constructor((|| Histogram::new(PHASE_BUCKETS_S)) as fn() -> Histogram);
+        let mcp_calls = Family::default();
+        let mcp_call =
+            Family::new_with_constructor((|| Histogram::new(REQUEST_BUCKETS_S)) as fn() -> Histogram);
         // A counter's name is given without `_total`: the exposition adds it.
         registry.register(
             "cullis_token_mint_seconds",
@@ -204,8 +221,16 @@ impl Metrics {
             "Time spent in each phase of an update run",
             update_phase.clone(),
         );
+        registry.register("cullis_mcp_calls", "Calls of tools, by what came of them", mcp_calls.clone());
+        registry.register(
+            "cullis_mcp_call_seconds",
+            "Time that upstream servers take for a call",
+            mcp_call.clone(),
+        );
         Self {
             registry,
+            mcp_calls,
+            mcp_call,
             token_mint,
             tokens_issued,
             token_refusals,
@@ -236,6 +261,17 @@ impl Metrics {
     /// A phase of an update run has ended.
     pub fn update_phase_ended(&self, phase: &'static str, took: Duration) {
         self.update_phase.get_or_create(&Phase { phase }).observe(took.as_secs_f64());
+    }
+
+    /// A tool was called, or was not. `upstream` and `tool` are registered names, or empty where there is none;
+    /// `outcome` is one of a fixed few.
+    pub fn mcp_call(&self, upstream: &str, tool: &str, outcome: &str, took: Duration) {
+        let (upstream, tool) = (upstream.to_owned(), tool.to_owned());
+        if !upstream.is_empty() {
+            let of = McpUpstream { upstream: upstream.clone() };
+            self.mcp_call.get_or_create(&of).observe(took.as_secs_f64());
+        }
+        self.mcp_calls.get_or_create(&McpCall { upstream, tool, outcome: outcome.to_owned() }).inc();
     }
 
     /// A request to `route` was answered.

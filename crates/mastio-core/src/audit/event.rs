@@ -121,6 +121,26 @@ event_types! {
     McpBindingCreated = "mcp.binding_created",
     /// An agent's use of an upstream MCP server was ended.
     McpBindingRevoked = "mcp.binding_revoked",
+    /// An MCP server with tools of its own was registered.
+    McpUpstreamCreated = "mcp.upstream_created",
+    /// An MCP server's settings were changed.
+    McpUpstreamChanged = "mcp.upstream_changed",
+    /// An MCP server was removed, with its tools and their bindings.
+    McpUpstreamDeleted = "mcp.upstream_deleted",
+    /// A look at an MCP server found tools that are new, changed or gone.
+    McpToolsDiscovered = "mcp.tools_discovered",
+    /// A tool's definition was approved.
+    McpToolApproved = "mcp.tool_approved",
+    /// A tool was blocked by an operator.
+    McpToolBlocked = "mcp.tool_blocked",
+    /// A tool's limits were changed.
+    McpToolChanged = "mcp.tool_changed",
+    /// An agent read a resource or a prompt, or asked an MCP server for something else than a tool.
+    McpRequestForwarded = "mcp.request_forwarded",
+    /// An agent ended its MCP session.
+    McpSessionEnded = "mcp.session_ended",
+    /// An agent presented an MCP session that is not its own, or over.
+    McpSessionRefused = "mcp.session_refused",
     /// An agent called a tool.
     McpToolCalled = "mcp.tool_called",
     /// A key to sign access tokens with was made.

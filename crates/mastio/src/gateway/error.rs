@@ -3,6 +3,7 @@
 use mastio_core::error::Kind;
 use serde_json::{Value, json};
 
+use super::definition::DefinitionError;
 use super::jsonrpc::{RpcError, code};
 use super::upstream::UpstreamError;
 use crate::http::error::Problem;
@@ -33,6 +34,9 @@ pub enum GatewayError {
         /// Bytes that are allowed.
         bytes_max: usize,
     },
+    /// A header that mirrors an argument says otherwise.
+    #[error("{}", .0.message)]
+    HeaderMismatch(RpcError),
     /// A DPoP proof was used before.
     #[error("DPoP proof replay detected")]
     Replayed,
@@ -67,6 +71,44 @@ pub enum GatewayError {
     /// There is no such resource.
     #[error("MCP resource not found")]
     UnknownResource,
+    /// There is no such MCP server.
+    #[error("MCP server '{0}' not found")]
+    UnknownUpstream(String),
+    /// The tool may not be offered now.
+    #[error("Tool '{name}' is not available: {standing}")]
+    NotOffered {
+        /// Its name.
+        name: String,
+        /// Why: `proposed`, `changed`, `blocked` or `gone`.
+        standing: &'static str,
+    },
+    /// The arguments do not fit the schema that was approved.
+    #[error("Invalid params: arguments do not match the tool's schema: {0}")]
+    Arguments(String),
+    /// The agent called the tool too often.
+    #[error("Tool '{0}' was called too often: try again in a moment")]
+    TooOften(String),
+    /// The server's definition is not the one that was named.
+    #[error("the definition of tool '{name}' is now {found}: look at it before you approve it")]
+    DefinitionMoved {
+        /// The tool.
+        name: String,
+        /// The digest of what the server says.
+        found: String,
+    },
+    /// The tool's name imitates another's.
+    #[error(
+        "the name '{name}' imitates the tool '{other}': approve it with accept_imitation if that is meant"
+    )]
+    Imitates {
+        /// The tool.
+        name: String,
+        /// The older one.
+        other: String,
+    },
+    /// A definition cannot be used.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
     /// There is no such binding, or it is revoked already.
     #[error("binding not found")]
     UnknownBinding,
@@ -108,8 +150,10 @@ impl GatewayError {
     #[must_use]
     pub fn as_rpc(&self) -> Option<RpcError> {
         let code = match self {
-            Self::ArgumentsTooLarge { .. } => code::INVALID_PARAMS,
-            Self::UnknownTool(_) => code::UNKNOWN_TOOL,
+            Self::ArgumentsTooLarge { .. } | Self::Arguments(_) => code::INVALID_PARAMS,
+            Self::HeaderMismatch(_) => code::HEADER_MISMATCH,
+            Self::UnknownTool(_) | Self::NotOffered { .. } => code::UNKNOWN_TOOL,
+            Self::TooOften(_) => code::UNREACHABLE,
             Self::NoBinding(_) => code::NO_BINDING,
             Self::MissingCapability(_) => code::TOOL_ERROR,
             Self::Upstream(error) => error.code(),
@@ -126,6 +170,13 @@ impl GatewayError {
             Self::Revoked => "token_revoked",
             Self::StandingChanged => "state_moved",
             Self::ArgumentsTooLarge { .. } => "arguments_too_large",
+            Self::Arguments(_) => "arguments_invalid",
+            Self::HeaderMismatch(_) => "header_mismatch",
+            Self::NotOffered { standing: "changed", .. } => "tool_changed",
+            Self::NotOffered { standing: "blocked", .. } => "tool_blocked",
+            Self::NotOffered { standing: "gone", .. } => "tool_gone",
+            Self::NotOffered { .. } => "tool_not_approved",
+            Self::TooOften(_) => "too_often",
             Self::UnknownTool(_) => "unknown_tool",
             Self::NoBinding(_) => "no_binding",
             Self::MissingCapability(_) => "missing_capability",
@@ -151,11 +202,24 @@ impl From<AppendError> for GatewayError {
 impl Problem for GatewayError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Fields(_) | Self::ArgumentsTooLarge { .. } => Kind::Unprocessable,
+            Self::Fields(_)
+            | Self::ArgumentsTooLarge { .. }
+            | Self::Arguments(_)
+            | Self::HeaderMismatch(_)
+            | Self::Definition(_)
+            | Self::Imitates { .. } => Kind::Unprocessable,
+            Self::TooOften(_) => Kind::Limited,
             Self::Replayed | Self::Revoked | Self::StandingChanged => Kind::Unauthenticated,
             Self::NoBinding(_) | Self::MissingCapability(_) => Kind::Denied,
-            Self::NameTaken(_) | Self::TooManyResources(_) | Self::AlreadyBound => Kind::Conflict,
-            Self::UnknownTool(_) | Self::UnknownResource | Self::UnknownBinding => Kind::NotFound,
+            Self::NameTaken(_)
+            | Self::TooManyResources(_)
+            | Self::AlreadyBound
+            | Self::DefinitionMoved { .. } => Kind::Conflict,
+            Self::UnknownTool(_)
+            | Self::NotOffered { .. }
+            | Self::UnknownResource
+            | Self::UnknownUpstream(_)
+            | Self::UnknownBinding => Kind::NotFound,
             Self::Upstream(_) | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
             Self::Store(error) => error.kind(),
             Self::Json(_) | Self::Client(_) | Self::Tls(_) | Self::Stopped => Kind::Internal,

@@ -1,33 +1,58 @@
-//! Routes of the gateway: one for agents, six for administrators.
+//! Routes of the gateway: one for agents, the others for administrators.
 
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, post};
+use axum::routing::{delete, get, post};
 use axum::{Router, body};
 use mastio_core::error::Kind;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
+use super::peer::Listener;
+use super::protocol::SESSION_HEADER;
+use super::serve::{self, Answer, Answers, Asked};
+use super::servers::{Look, NewServer, Server, Tool};
 use super::{
-    Answer, Binding, BindingFilter, Gateway, GatewayError, NewResource, Resource, internal_error, jsonrpc,
-    serve,
+    Binding, BindingFilter, Gateway, GatewayError, NewResource, Resource, definition, internal_error, jsonrpc,
 };
 use crate::http::authn::AdminCaller;
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::json::{BODY_BYTES_MAX, Json};
 
+/// Messages of an upstream server that wait for a caller who reads slowly.
+const MESSAGES_WAITING_MAX: usize = 64;
+/// A caller who reads streams gets one, with signs of life this far apart, when there is nothing to say for so long.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
+
 /// The gateway's routes.
 pub fn routes(gateway: Arc<Gateway>) -> Router {
     Router::new()
-        .route("/v1/mcp", post(post_message))
+        .route("/v1/mcp", post(post_message).delete(delete_session).get(no_stream))
         .route("/v1/admin/mcp-resources", post(create_resource).get(list_resources))
         .route("/v1/admin/mcp-resources/{resource_id}", delete(delete_resource))
         .route("/v1/admin/mcp-resources/bindings", post(create_binding).get(list_bindings))
         .route("/v1/admin/mcp-resources/bindings/{binding_id}", delete(revoke_binding))
+        .route("/v1/admin/mcp-upstreams", post(create_upstream).get(list_upstreams))
+        .route(
+            "/v1/admin/mcp-upstreams/{upstream}",
+            get(get_upstream).put(update_upstream).delete(delete_upstream),
+        )
+        .route("/v1/admin/mcp-upstreams/{upstream}/refresh", post(refresh_upstream))
+        .route("/v1/admin/mcp-tools", get(list_tools))
+        .route("/v1/admin/mcp-tools/{tool}", get(get_tool).patch(update_tool))
+        .route("/v1/admin/mcp-tools/{tool}/approve", post(approve_tool))
+        .route("/v1/admin/mcp-tools/{tool}/block", post(block_tool))
         .with_state(gateway)
 }
 
@@ -37,26 +62,172 @@ async fn post_message(
     request: Request,
 ) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
+    check_origin(&gateway, &parts)?;
+    if parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| !is_json(kind)) {
+        return Ok((
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            axum::Json(json!({ "detail": "the body must be application/json" })),
+        )
+            .into_response());
+    }
     let caller = gateway.authenticate.caller(&context, &parts).await?;
     let body = body::to_bytes(body, BODY_BYTES_MAX)
         .await
         .map_err(|_| ApiError::new(Kind::TooLarge, format!("request body exceeds {BODY_BYTES_MAX} bytes")))?;
-    let message = jsonrpc::read(&body);
-    drop(body);
+    let (sender, mut messages) = mpsc::channel(MESSAGES_WAITING_MAX);
+    let listener = Listener { sender: Some(sender), ..Listener::default() };
+    let asked = Asked { context, parts, body };
     // In a task of its own: a caller that hangs up must not keep the outcome of its call out of the log.
-    let served = tokio::spawn(serve(gateway, context, parts, caller, message)).await;
-    let answer = served.map_err(|_| GatewayError::Stopped)??;
-    Ok(render(answer))
+    let serving = tokio::spawn(serve::serve(gateway, asked, caller, listener));
+    // What is said before the answer makes it a stream, and so does a long silence.
+    match tokio::time::timeout(SIGN_OF_LIFE, messages.recv()).await {
+        Ok(None) => {
+            let answers = serving.await.map_err(|_| GatewayError::Stopped)??;
+            Ok(render(answers))
+        }
+        Ok(Some(first)) => Ok(stream(event(&first), messages, serving)),
+        Err(_) => Ok(stream(Bytes::from_static(b":\n\n"), messages, serving)),
+    }
 }
 
-fn render(answer: Answer) -> Response {
-    let (status, written) = match answer {
-        Answer::Nothing => return StatusCode::NO_CONTENT.into_response(),
-        Answer::Malformed(error) => (StatusCode::BAD_REQUEST, jsonrpc::write(None, Err(&error))),
-        Answer::Under(id, outcome) => (StatusCode::OK, jsonrpc::write(Some(&id), outcome.as_deref())),
+/// A browser's page may not speak for its user here, unless it is ours (DNS rebinding).
+fn check_origin(gateway: &Gateway, parts: &Parts) -> Result<(), ApiError> {
+    let Some(origin) = parts.headers.get(header::ORIGIN) else { return Ok(()) };
+    let ours = gateway.urls.of(&parts.headers, "");
+    if origin.to_str().is_ok_and(|origin| ours.iter().any(|url| url == origin)) {
+        return Ok(());
+    }
+    Err(ApiError::new(Kind::Denied, "the request comes from a page of another origin"))
+}
+
+fn is_json(kind: &HeaderValue) -> bool {
+    let kind = kind.to_str().unwrap_or_default();
+    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
+}
+
+async fn no_stream() -> Response {
+    // Nothing is said outside a request: what has changed is found by asking.
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST, DELETE")]).into_response()
+}
+
+async fn delete_session(
+    State(gateway): State<Arc<Gateway>>,
+    context: Context,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
+    let (parts, _body) = request.into_parts();
+    check_origin(&gateway, &parts)?;
+    let caller = gateway.authenticate.caller(&context, &parts).await?;
+    let ended = serve::end_session(&gateway, &context, &parts, &caller).await?;
+    Ok(if ended { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND })
+}
+
+/// The status and text of one answer; no text where there is nothing to say.
+fn written(answer: Answer, cold: bool) -> (StatusCode, Vec<u8>) {
+    let (status, text) = match answer {
+        Answer::Nothing => {
+            let status = if cold { StatusCode::NO_CONTENT } else { StatusCode::ACCEPTED };
+            return (status, Vec::new());
+        }
+        Answer::Malformed(id, error) => (StatusCode::BAD_REQUEST, jsonrpc::write_error(id.as_ref(), &error)),
+        Answer::Missing(id, error) => (StatusCode::NOT_FOUND, jsonrpc::write_error(id.as_ref(), &error)),
+        Answer::Under(id, outcome) => {
+            (StatusCode::OK, jsonrpc::write(Some(&id), outcome.as_deref().map_err(AsRef::as_ref)))
+        }
     };
-    let body = written.or_else(|_| jsonrpc::write(None, Err(&internal_error()))).unwrap_or_default();
-    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    let text = text.or_else(|_| jsonrpc::write_error(None, &internal_error())).unwrap_or_default();
+    (status, text)
+}
+
+fn render(answers: Answers) -> Response {
+    let Answers { answers, batch, cold, session_id } = answers;
+    let mut texts: Vec<(StatusCode, Vec<u8>)> =
+        answers.into_iter().map(|answer| written(answer, cold)).collect();
+    let (status, text) = if batch {
+        texts.retain(|(_, text)| !text.is_empty());
+        if texts.is_empty() {
+            (StatusCode::ACCEPTED, Vec::new())
+        } else {
+            let items: Vec<Vec<u8>> = texts.into_iter().map(|(_, text)| text).collect();
+            (StatusCode::OK, [&b"["[..], &items.join(&b","[..]), b"]"].concat())
+        }
+    } else {
+        texts.pop().unwrap_or((StatusCode::ACCEPTED, Vec::new()))
+    };
+    let mut headers = HeaderMap::new();
+    if !text.is_empty() {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    let session_id = session_id.and_then(|id| HeaderValue::from_str(&id).ok());
+    headers.extend(session_id.map(|id| (HeaderName::from_static(SESSION_HEADER), id)));
+    (status, headers, text).into_response()
+}
+
+/// A message as an event. It is one line: whoever made it took the line ends out.
+fn event(message: &[u8]) -> Bytes {
+    [&b"event: message\ndata: "[..], message, b"\n\n"].concat().into()
+}
+
+/// What a stream still has to say.
+struct Saying {
+    first: Option<Bytes>,
+    messages: mpsc::Receiver<Bytes>,
+    serving: Option<JoinHandle<Result<Answers, ApiError>>>,
+}
+
+fn stream(
+    first: Bytes,
+    messages: mpsc::Receiver<Bytes>,
+    serving: JoinHandle<Result<Answers, ApiError>>,
+) -> Response {
+    let saying = Saying { first: Some(first), messages, serving: Some(serving) };
+    let events = futures_util::stream::unfold(saying, |mut saying| async {
+        let said = saying.next().await?;
+        Some((Ok::<_, Infallible>(said), saying))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-store"),
+        // Tells a front like nginx to pass events on as they come.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    (StatusCode::OK, headers, Body::from_stream(events)).into_response()
+}
+
+impl Saying {
+    async fn next(&mut self) -> Option<Bytes> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
+        match tokio::time::timeout(SIGN_OF_LIFE, self.messages.recv()).await {
+            Err(_) => Some(Bytes::from_static(b":\n\n")),
+            Ok(Some(message)) => Some(event(&message)),
+            // Nobody says anything any more: the answer is next, and last.
+            Ok(None) => {
+                let text = match self.serving.take()?.await {
+                    Ok(Ok(answers)) => {
+                        let texts: Vec<Vec<u8>> = answers
+                            .answers
+                            .into_iter()
+                            .map(|answer| written(answer, false).1)
+                            .filter(|text| !text.is_empty())
+                            .collect();
+                        if texts.is_empty() {
+                            return None;
+                        }
+                        if answers.batch {
+                            [&b"["[..], &texts.join(&b","[..]), b"]"].concat()
+                        } else {
+                            texts.concat()
+                        }
+                    }
+                    // The caller's stream has begun, so it is too late for a status.
+                    Ok(Err(_)) | Err(_) => jsonrpc::write_error(None, &internal_error()).ok()?,
+                };
+                Some(event(&super::peer::one_line(&text)))
+            }
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -231,4 +402,198 @@ async fn revoke_binding(
 ) -> Result<StatusCode, ApiError> {
     gateway.revoke_binding(&admin.actor, context.now.seconds(), &binding_id).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+fn server_body(server: &Server) -> Value {
+    json!({
+        "upstream_id": server.upstream_id,
+        "name": server.name,
+        "endpoint_url": server.endpoint_url,
+        "description": server.description,
+        "auth_type": server.auth_type,
+        "allowed_domains": server.allowed_domains,
+        "required_capability": server.required_capability,
+        "ca_pem": server.ca_pem,
+        "timeout_ms": server.timeout_ms,
+        "calls_max": server.calls_max,
+        "enabled": server.enabled,
+        "revision": server.revision.map(super::protocol::Revision::as_str),
+        "capabilities": server.capabilities,
+        "discovered_at": server.discovered_at,
+        "discovery_error": server.discovery_error,
+        "created_at": server.created_at,
+        "updated_at": server.updated_at,
+    })
+}
+
+fn look_body(look: &Look) -> Value {
+    json!({
+        "tools": look.tools,
+        "new": look.new,
+        "changed": look.changed,
+        "restored": look.restored,
+        "gone": look.gone,
+        "unusable": look.unusable.iter().map(|(name, why)| json!({ "name": name, "why": why })).collect::<Vec<_>>(),
+    })
+}
+
+async fn create_upstream(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Json(new): Json<NewServer>,
+) -> Result<Response, ApiError> {
+    let (server, look) = gateway.register_server(&admin.actor, context.now.seconds(), new).await?;
+    let mut body = server_body(&server);
+    if let Some(body) = body.as_object_mut() {
+        body.insert("found".to_owned(), look.as_ref().map_or(Value::Null, look_body));
+    }
+    Ok((StatusCode::CREATED, axum::Json(body)).into_response())
+}
+
+async fn list_upstreams(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+) -> Result<axum::Json<Vec<Value>>, ApiError> {
+    Ok(axum::Json(gateway.list_servers().await?.iter().map(server_body).collect()))
+}
+
+async fn get_upstream(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    Path(upstream): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(server_body(&gateway.server(&upstream).await?)))
+}
+
+async fn update_upstream(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(upstream): Path<String>,
+    Json(new): Json<NewServer>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let server = gateway.change_server(&admin.actor, context.now.seconds(), &upstream, new).await?;
+    Ok(axum::Json(server_body(&server)))
+}
+
+async fn delete_upstream(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    Path(upstream): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    gateway.delete_server(&admin.actor, &upstream).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn refresh_upstream(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(upstream): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(look_body(&gateway.look(&admin.actor, context.now.seconds(), &upstream).await?)))
+}
+
+fn tool_body(tool: &Tool, upstream: Option<&str>) -> Value {
+    let mut body = json!({
+        "tool_id": tool.tool_id,
+        "name": tool.name,
+        "upstream_id": tool.upstream_id,
+        "upstream_name": tool.upstream_name,
+        "standing": tool.standing(),
+        "definition_digest": tool.definition_digest,
+        "found_digest": tool.found_digest,
+        "imitates": tool.imitates,
+        "required_capability": tool.required_capability,
+        "calls_per_minute": tool.calls_per_minute,
+        "first_seen_at": tool.first_seen_at,
+        "approved_at": tool.approved_at,
+        "approved_by": tool.approved_by,
+    });
+    if let (Some(body), Some(upstream)) = (body.as_object_mut(), upstream) {
+        body.insert("upstream".to_owned(), json!(upstream));
+    }
+    body
+}
+
+#[derive(Deserialize)]
+struct ListTools {
+    upstream: Option<String>,
+    standing: Option<String>,
+}
+
+async fn list_tools(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    query: Result<Query<ListTools>, QueryRejection>,
+) -> Result<axum::Json<Vec<Value>>, ApiError> {
+    let Query(query) = query.map_err(|error| ApiError::new(Kind::Unprocessable, error.body_text()))?;
+    let tools = gateway.list_tools_of_servers(query.upstream.as_deref(), query.standing.as_deref()).await?;
+    Ok(axum::Json(tools.iter().map(|(tool, upstream)| tool_body(tool, Some(upstream))).collect()))
+}
+
+async fn get_tool(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    Path(tool): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let tool = gateway.server_tool(&tool).await?;
+    let read = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let found = read(&tool.found);
+    let definition = tool.definition.as_deref().map(read);
+    let differences = definition.as_ref().map(|definition| definition::differences(definition, &found));
+    let mut body = tool_body(&tool, None);
+    if let Some(body) = body.as_object_mut() {
+        body.insert("definition".to_owned(), json!(definition));
+        body.insert("found".to_owned(), found);
+        body.insert("differences".to_owned(), json!(differences.unwrap_or_default()));
+    }
+    Ok(axum::Json(body))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Approve {
+    digest: String,
+    #[serde(default)]
+    accept_imitation: bool,
+}
+
+async fn approve_tool(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(tool): Path<String>,
+    Json(body): Json<Approve>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let now = context.now.seconds();
+    let tool = gateway.approve_tool(&admin.actor, now, &tool, &body.digest, body.accept_imitation).await?;
+    Ok(axum::Json(tool_body(&tool, None)))
+}
+
+async fn block_tool(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    Path(tool): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(tool_body(&gateway.block_tool(&admin.actor, &tool).await?, None)))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ToolLimits {
+    required_capability: Option<String>,
+    calls_per_minute: Option<i64>,
+}
+
+async fn update_tool(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    Path(tool): Path<String>,
+    Json(body): Json<ToolLimits>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let tool =
+        gateway.limit_tool(&admin.actor, &tool, body.required_capability, body.calls_per_minute).await?;
+    Ok(axum::Json(tool_body(&tool, None)))
 }

@@ -1,8 +1,8 @@
 //! JSON-RPC 2.0 as MCP uses it: what a caller's body asks for, and how an answer is written.
 //!
-//! A body is read once into a [`Message`]; everything behind it works with typed values. What passes through us
-//! (ids, arguments, results) stays the text it was, so nothing is reordered, rounded or re-escaped on the way.
-//! Source: JSON-RPC 2.0 §4 and §5; MCP 2024-11-05, base protocol.
+//! A body is read once into [`Message`]s; everything behind them works with typed values. What passes through us
+//! (ids, parameters, results, errors) stays the text it was, so nothing is reordered, rounded or re-escaped on the way.
+//! Source: JSON-RPC 2.0 §4 to §6; MCP, base protocol.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,7 +13,11 @@ const ID_BYTES_MAX: usize = 256;
 /// Bytes of a tool's name in a call at most; no registered name is longer than 64.
 const TOOL_NAME_BYTES_MAX: usize = 128;
 /// Bytes of a method name that an error repeats at most.
-const METHOD_BYTES_SHOWN_MAX: usize = 64;
+pub const METHOD_BYTES_SHOWN_MAX: usize = 64;
+/// Objects and arrays within each other, in anything that we read from outside.
+pub const DEPTH_MAX: usize = 64;
+/// Messages of one body at most, where a revision has batches.
+pub const BATCH_MESSAGES_MAX: usize = 32;
 
 /// Error codes of the wire contract §5.
 pub mod code {
@@ -37,37 +41,51 @@ pub mod code {
     pub const TOOL_ERROR: i64 = -32003;
     /// No such tool.
     pub const UNKNOWN_TOOL: i64 = -32004;
+    /// Headers and body disagree (MCP 2026-07-28).
+    pub const HEADER_MISMATCH: i64 = -32020;
+    /// A revision that we do not speak (MCP 2026-07-28).
+    pub const UNSUPPORTED_VERSION: i64 = -32022;
 }
 
-/// What a request body asks for.
+/// What a request body holds.
+#[derive(Debug)]
+pub enum Body {
+    /// One message.
+    One(Message),
+    /// Several, where the revision has batches.
+    Batch(Vec<Message>),
+}
+
+/// One message of a caller's.
 #[derive(Debug)]
 pub enum Message {
-    /// It is not a request at all: HTTP 400, with a null id where none could be read.
+    /// It is no message at all: HTTP 400, with a null id where none could be read.
     Malformed(RpcError),
     /// It wants no answer.
-    Notification,
+    Notification(Call),
+    /// It answers a request that an upstream server made of the caller.
+    Response {
+        /// The id of that request, as we told it.
+        id: String,
+        /// The whole message.
+        raw: Box<RawValue>,
+    },
     /// It wants an answer under its id.
     Request {
         /// The id to answer under.
         id: Id,
         /// What is asked.
-        method: Method,
+        call: Call,
     },
 }
 
-/// What is asked of us.
-#[derive(Debug)]
-pub enum Method {
-    /// `initialize`
-    Initialize,
-    /// `ping`
-    Ping,
-    /// `tools/list`
-    ListTools,
-    /// `tools/call`
-    CallTool(ToolCall),
-    /// A method that we do not know, or parameters that do not fit: HTTP 200 with this error.
-    Unanswerable(RpcError),
+/// A method and its parameters.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// The method's name.
+    pub method: String,
+    /// The parameters, as the caller wrote them.
+    pub params: Option<Box<RawValue>>,
 }
 
 /// The parameters of `tools/call`. Their size and the caller's rights are judged later.
@@ -77,6 +95,8 @@ pub struct ToolCall {
     pub name: String,
     /// A JSON object, as the caller wrote it.
     pub arguments: Box<RawValue>,
+    /// Everything, as the caller wrote it.
+    pub params: Box<RawValue>,
 }
 
 /// The id of a request: a JSON string or number, as the caller wrote it.
@@ -89,6 +109,12 @@ impl Id {
     #[must_use]
     pub fn text(&self) -> String {
         serde_json::from_str(self.0.get()).unwrap_or_else(|_| self.0.get().to_owned())
+    }
+
+    /// The id as the caller wrote it.
+    #[must_use]
+    pub fn raw(&self) -> &str {
+        self.0.get()
     }
 
     fn read(raw: &RawValue) -> Option<Self> {
@@ -106,12 +132,30 @@ pub struct RpcError {
     pub code: i64,
     /// What went wrong, for a person.
     pub message: String,
+    /// What a program needs to know besides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<Box<Value>>,
 }
 
 impl RpcError {
     /// An error of this code.
     pub fn new(code: i64, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), data: None }
+    }
+
+    /// The same with `data`.
+    #[must_use]
+    pub fn with(self, data: Value) -> Self {
+        Self { data: Some(Box::new(data)), ..self }
+    }
+
+    /// A method that we do not know.
+    #[must_use]
+    pub fn unknown_method(method: &str) -> Self {
+        Self::new(
+            code::METHOD_NOT_FOUND,
+            format!("Method not found: {}", shorten(method, METHOD_BYTES_SHOWN_MAX)),
+        )
     }
 }
 
@@ -123,31 +167,80 @@ struct Envelope<'a> {
     method: Option<String>,
     #[serde(borrow)]
     params: Option<&'a RawValue>,
+    #[serde(borrow)]
+    result: Option<&'a RawValue>,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
 }
 
 /// Reads a request body.
 #[must_use]
-pub fn read(body: &[u8]) -> Message {
+pub fn read(body: &[u8], batches: bool) -> Body {
+    if is_deeper_than(body, DEPTH_MAX) {
+        return Body::One(malformed("objects and arrays lie deeper in each other than 64"));
+    }
+    if !batches || body.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'[') {
+        return Body::One(read_one(body));
+    }
+    match serde_json::from_slice::<Vec<&RawValue>>(body) {
+        Err(_) => Body::One(not_json()),
+        Ok(items) if items.is_empty() => Body::One(malformed("the batch is empty")),
+        Ok(items) if items.len() > BATCH_MESSAGES_MAX => {
+            Body::One(malformed("the batch has more than 32 messages"))
+        }
+        Ok(items) => Body::Batch(items.into_iter().map(|item| read_one(item.get().as_bytes())).collect()),
+    }
+}
+
+/// The id of a body that is not served, where one can be read.
+#[must_use]
+pub fn peek_id(body: &[u8]) -> Option<Id> {
+    #[derive(Deserialize)]
+    struct Peeked<'a> {
+        #[serde(borrow)]
+        id: Option<&'a RawValue>,
+    }
+    if is_deeper_than(body, DEPTH_MAX) {
+        return None;
+    }
+    serde_json::from_slice::<Peeked<'_>>(body).ok()?.id.and_then(Id::read)
+}
+
+fn not_json() -> Message {
+    Message::Malformed(RpcError::new(code::PARSE, "Parse error: the body is not JSON"))
+}
+
+fn read_one(body: &[u8]) -> Message {
     let envelope: Envelope<'_> = match serde_json::from_slice(body) {
         Ok(envelope) => envelope,
         Err(error) if error.is_data() => return malformed("the body is not one JSON-RPC request object"),
-        Err(_) => return Message::Malformed(RpcError::new(code::PARSE, "Parse error: the body is not JSON")),
+        Err(_) => return not_json(),
     };
     if envelope.jsonrpc.as_deref() != Some("2.0") {
         return malformed("jsonrpc is not \"2.0\"");
     }
-    let Some(name) = envelope.method else { return malformed("method is missing") };
+    let Some(method) = envelope.method else { return response(&envelope, body) };
+    let call = Call { method, params: envelope.params.map(ToOwned::to_owned) };
     let Some(id) = envelope.id else {
-        return if name.starts_with("notifications/") {
-            Message::Notification
+        return if call.method.starts_with("notifications/") {
+            Message::Notification(call)
         } else {
             // A call without an id could not be answered, and a tool must not run unseen.
             malformed("id is missing")
         };
     };
     match Id::read(id) {
-        Some(id) => Message::Request { id, method: method(&name, envelope.params) },
+        Some(id) => Message::Request { id, call },
         None => malformed("id is not a string or a number of at most 256 bytes"),
+    }
+}
+
+/// An answer to a request that we have told the caller: its id is one of ours, a string.
+fn response(envelope: &Envelope<'_>, body: &[u8]) -> Message {
+    let id = envelope.id.and_then(|id| serde_json::from_str::<String>(id.get()).ok());
+    match (id, envelope.result.is_some() != envelope.error.is_some(), serde_json::from_slice(body)) {
+        (Some(id), true, Ok(raw)) => Message::Response { id, raw },
+        _ => malformed("method is missing"),
     }
 }
 
@@ -155,22 +248,26 @@ fn malformed(what: &str) -> Message {
     Message::Malformed(RpcError::new(code::INVALID_REQUEST, format!("Invalid Request: {what}")))
 }
 
-fn method(name: &str, params: Option<&RawValue>) -> Method {
-    match name {
-        "initialize" => Method::Initialize,
-        "ping" => Method::Ping,
-        "tools/list" => Method::ListTools,
-        "tools/call" => match tool_call(params) {
-            Ok(call) => Method::CallTool(call),
-            Err(what) => {
-                Method::Unanswerable(RpcError::new(code::INVALID_PARAMS, format!("Invalid params: {what}")))
+/// Whether objects and arrays lie deeper in each other than `depth_max`. `json` need not be valid.
+#[must_use]
+pub fn is_deeper_than(json: &[u8], depth_max: usize) -> bool {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => {
+                depth += 1;
+                if depth > depth_max {
+                    return true;
+                }
             }
-        },
-        unknown => {
-            let shown = shorten(unknown, METHOD_BYTES_SHOWN_MAX);
-            Method::Unanswerable(RpcError::new(code::METHOD_NOT_FOUND, format!("Method not found: {shown}")))
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
         }
     }
+    false
 }
 
 #[derive(Deserialize)]
@@ -180,10 +277,18 @@ struct CallParams<'a> {
     arguments: Option<&'a RawValue>,
 }
 
-fn tool_call(params: Option<&RawValue>) -> Result<ToolCall, &'static str> {
-    let params = params.ok_or("params is missing")?;
+/// Reads the parameters of `tools/call`.
+///
+/// Errors: `-32602` with what is wrong.
+pub fn tool_call(params: Option<&RawValue>) -> Result<ToolCall, RpcError> {
+    read_tool_call(params)
+        .map_err(|what| RpcError::new(code::INVALID_PARAMS, format!("Invalid params: {what}")))
+}
+
+fn read_tool_call(whole: Option<&RawValue>) -> Result<ToolCall, &'static str> {
+    let whole = whole.ok_or("params is missing")?;
     let params: CallParams<'_> =
-        serde_json::from_str(params.get()).map_err(|_| "params is not {name, arguments}")?;
+        serde_json::from_str(whole.get()).map_err(|_| "params is not {name, arguments}")?;
     if params.name.is_empty() || params.name.len() > TOOL_NAME_BYTES_MAX {
         return Err("name is empty or longer than 128 bytes");
     }
@@ -191,7 +296,7 @@ fn tool_call(params: Option<&RawValue>) -> Result<ToolCall, &'static str> {
     if !arguments.get().starts_with('{') {
         return Err("arguments is not an object");
     }
-    Ok(ToolCall { name: params.name, arguments })
+    Ok(ToolCall { name: params.name, arguments, params: whole.to_owned() })
 }
 
 /// `{}` as raw JSON.
@@ -224,6 +329,69 @@ pub fn compact_bytes(json: &str) -> usize {
     bytes
 }
 
+/// The members of an object in their order, each value as it was written. Empty for what is no object.
+#[must_use]
+pub fn members(object: &RawValue) -> Vec<(String, &RawValue)> {
+    struct Members<'a>(Vec<(String, &'a RawValue)>);
+    impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Visitor;
+            impl<'de> serde::de::Visitor<'de> for Visitor {
+                type Value = Vec<(String, &'de RawValue)>;
+                fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                    formatter.write_str("an object")
+                }
+                fn visit_map<A: serde::de::MapAccess<'de>>(
+                    self,
+                    mut map: A,
+                ) -> Result<Self::Value, A::Error> {
+                    let mut members = Vec::new();
+                    while let Some(member) = map.next_entry()? {
+                        members.push(member);
+                    }
+                    Ok(members)
+                }
+            }
+            deserializer.deserialize_map(Visitor).map(Members)
+        }
+    }
+    serde_json::from_str::<Members<'_>>(object.get()).map_or_else(|_| Vec::new(), |members| members.0)
+}
+
+/// An object of these members, in this order.
+///
+/// Errors: [`serde_json::Error`], which raw values that were valid cannot cause.
+pub fn object(members: &[(String, &RawValue)]) -> Result<Box<RawValue>, serde_json::Error> {
+    use serde::ser::SerializeMap as _;
+    struct Object<'a>(&'a [(String, &'a RawValue)]);
+    impl Serialize for Object<'_> {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let mut map = serializer.serialize_map(Some(self.0.len()))?;
+            for (name, value) in self.0 {
+                map.serialize_entry(name, value)?;
+            }
+            map.end()
+        }
+    }
+    serde_json::value::to_raw_value(&Object(members))
+}
+
+/// `object` with `name` set to `value`: where it stood, or at the end.
+///
+/// Errors: as [`object`].
+pub fn with_member(
+    object_: &RawValue,
+    name: &str,
+    value: &RawValue,
+) -> Result<Box<RawValue>, serde_json::Error> {
+    let mut members = members(object_);
+    match members.iter_mut().find(|(known, _)| known == name) {
+        Some((_, present)) => *present = value,
+        None => members.push((name.to_owned(), value)),
+    }
+    object(&members)
+}
+
 /// The first `bytes_max` bytes of `text`, whole characters only.
 #[must_use]
 pub fn shorten(text: &str, bytes_max: usize) -> &str {
@@ -237,14 +405,21 @@ struct Answer<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'a RpcError>,
+    error: Option<&'a RawValue>,
 }
 
 /// Writes an answer: `outcome` under `id`, or under null where none could be read.
 ///
 /// Errors: [`serde_json::Error`], which raw values that were valid cannot cause.
-pub fn write(id: Option<&Id>, outcome: Result<&RawValue, &RpcError>) -> Result<Vec<u8>, serde_json::Error> {
+pub fn write(id: Option<&Id>, outcome: Result<&RawValue, &RawValue>) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&Answer { jsonrpc: "2.0", id, result: outcome.ok(), error: outcome.err() })
+}
+
+/// Writes an error of our own.
+///
+/// Errors: as [`write`].
+pub fn write_error(id: Option<&Id>, error: &RpcError) -> Result<Vec<u8>, serde_json::Error> {
+    write(id, Err(&*serde_json::value::to_raw_value(error)?))
 }
 
 #[cfg(test)]
@@ -253,11 +428,20 @@ mod tests {
 
     use super::*;
 
+    fn one(body: &str) -> Message {
+        match read(body.as_bytes(), false) {
+            Body::One(message) => message,
+            Body::Batch(_) => panic!("{body} is one message"),
+        }
+    }
+
     fn code_of(body: &str) -> Option<i64> {
-        match read(body.as_bytes()) {
+        match one(body) {
             Message::Malformed(error) => Some(error.code),
-            Message::Request { method: Method::Unanswerable(error), .. } => Some(error.code),
-            Message::Notification | Message::Request { .. } => None,
+            Message::Request { call, .. } if call.method == "tools/call" => {
+                tool_call(call.params.as_deref()).err().map(|error| error.code)
+            }
+            _ => None,
         }
     }
 
@@ -278,7 +462,9 @@ mod tests {
             (r#"{"jsonrpc":"2.0","id":true,"method":"ping"}"#, Some(code::INVALID_REQUEST)),
             (r#"{"jsonrpc":"2.0","method":"tools/call"}"#, Some(code::INVALID_REQUEST)),
             (r#"{"jsonrpc":"2.0","id":1,"id":2,"method":"ping"}"#, Some(code::INVALID_REQUEST)),
-            (r#"{"jsonrpc":"2.0","id":1,"method":"resources/list"}"#, Some(code::METHOD_NOT_FOUND)),
+            (r#"{"jsonrpc":"2.0","id":7,"result":{}}"#, Some(code::INVALID_REQUEST)),
+            (r#"{"jsonrpc":"2.0","id":"x","result":{},"error":{}}"#, Some(code::INVALID_REQUEST)),
+            (r#"{"jsonrpc":"2.0","id":"x","result":{}}"#, None),
             (r#"{"jsonrpc":"2.0","id":1,"method":"tools/call"}"#, Some(code::INVALID_PARAMS)),
             (r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":[]}"#, Some(code::INVALID_PARAMS)),
             (
@@ -310,11 +496,46 @@ mod tests {
     fn the_id_keeps_its_spelling_and_goes_upstream_as_text() {
         for (raw, text) in [("1", "1"), ("1.50", "1.50"), (r#""a\u0062""#, "ab"), ("-3", "-3")] {
             let body = format!(r#"{{"jsonrpc":"2.0","id":{raw},"method":"ping"}}"#);
-            let Message::Request { id, .. } = read(body.as_bytes()) else { panic!("{raw} is a request") };
+            let Message::Request { id, .. } = one(&body) else { panic!("{raw} is a request") };
             assert_eq!(id.text(), text);
             let written = write(Some(&id), Ok(RawValue::NULL)).expect("raw values are valid");
             assert!(String::from_utf8_lossy(&written).contains(&format!(r#""id":{raw},"#)));
         }
+    }
+
+    #[test]
+    fn depth_is_refused_at_its_bound_and_brackets_in_strings_are_none() {
+        let nested = |depth: usize| {
+            let (open, close) = ("[".repeat(depth - 1), "]".repeat(depth - 1));
+            format!(r#"{{"jsonrpc":"2.0","id":"[{{\\\"","method":"ping","params":{open}{close}}}"#)
+        };
+        assert_eq!(code_of(&nested(DEPTH_MAX)), None);
+        assert_eq!(code_of(&nested(DEPTH_MAX + 1)), Some(code::INVALID_REQUEST));
+        assert_eq!(code_of(&"[".repeat(2 * 1024 * 1024)), Some(code::INVALID_REQUEST));
+    }
+
+    #[test]
+    fn a_batch_is_read_where_there_are_batches_up_to_its_bound() {
+        let ping = r#"{"jsonrpc":"2.0","id":1,"method":"ping"}"#;
+        let batch = |count: usize| format!(" [{}]", vec![ping; count].join(","));
+        let size = |body: &str| match read(body.as_bytes(), true) {
+            Body::Batch(messages) => Some(messages.len()),
+            Body::One(_) => None,
+        };
+        assert_eq!(size(&batch(BATCH_MESSAGES_MAX)), Some(BATCH_MESSAGES_MAX));
+        for one in [batch(BATCH_MESSAGES_MAX + 1), "[]".to_owned(), "[{".to_owned(), ping.to_owned()] {
+            assert_eq!(size(&one), None);
+        }
+        assert!(matches!(read(batch(1).as_bytes(), false), Body::One(Message::Malformed(_))));
+    }
+
+    #[test]
+    fn a_member_is_set_and_everything_else_stays_as_it_was_written() {
+        let raw = |text: &str| RawValue::from_string(text.to_owned()).expect("JSON");
+        let set = |object: &str| with_member(&raw(object), "b", &raw("2")).expect("JSON").get().to_owned();
+        assert_eq!(set(r#"{"a" : 1.50e3,"b":{ },"c":"\u00e9"}"#), r#"{"a":1.50e3,"b":2,"c":"\u00e9"}"#);
+        assert_eq!(set(r#"{"a":[1, 2]}"#), r#"{"a":[1, 2],"b":2}"#);
+        assert_eq!(set("{}"), r#"{"b":2}"#);
     }
 
     #[test]

@@ -1,72 +1,85 @@
 //! The MCP gateway: agents call the tools of upstream servers through us, and only the tools they were granted.
 //!
-//! An administrator registers an upstream server (*resource*: one name, one tool) and binds agents to it. A tool
-//! call then goes through these steps, told by [`serve`]:
+//! An administrator registers an MCP server with all its tools ([`servers`]) or, as the predecessor did, a single tool
+//! (*resource*), and binds agents to a server, a tool or a resource. A tool call then goes through these steps, told by
+//! [`serve`]:
 //!
 //! 1. [`Authenticate`] turns the request's access token and DPoP proof into a [`Caller`].
-//! 2. [`plan`](Gateway::plan) decides in one indexed read: is there such a tool, is the caller bound to it, does
-//!    the caller have the capability it requires. Nothing is remembered between requests, so a change of a binding
-//!    takes effect with the next one.
-//! 3. The decision and the proof's identifier are made durable in one commit. A proof that was used before is
+//! 2. The request says which revision of MCP it is written in ([`protocol`]), and which session it belongs to, where
+//!    that revision has sessions ([`session`]).
+//! 3. It is decided in one indexed read: is there such a tool, was it approved and does its server still say the same,
+//!    is the caller bound to it, does the caller have the capability it requires, do the arguments fit its schema.
+//!    Nothing is remembered between requests, so a change of a binding takes effect with the next one.
+//! 4. The decision and the proof's identifier are made durable in one commit. A proof that was used before is
 //!    refused here, and so is a caller whose standing has changed meanwhile (judged once more, then refused).
-//! 4. Only then is the upstream server called, with headers of our own making.
-//! 5. The outcome is made durable, and the answer goes out.
+//! 5. Only then is the upstream server called ([`peer`], [`upstream`]), with headers of our own making. What it says
+//!    before its answer goes to the caller as it comes.
+//! 6. The outcome is made durable, and the answer goes out.
 //!
-//! A call that was allowed and has no outcome in the log was cut off by a crash of ours between 3 and 5.
+//! A call that was allowed and has no outcome in the log was cut off by a crash of ours between 4 and 6.
 //!
 //! **Invariant:** a caller's credential never reaches an upstream server. **Invariant:** no upstream server is
 //! connected to at an address that [`address`] does not admit. **Invariant:** what is not granted is denied, and
-//! not listed either.
-//!
-//! The MCP revision spoken is 2024-11-05 without a handshake, as the SDK does. Another revision is another file
-//! beside [`jsonrpc`].
+//! not listed either. **Invariant:** agents are told no definition that an operator has not approved.
 
 mod address;
 mod authn;
+mod credential;
+mod definition;
 mod error;
 mod http;
 mod jsonrpc;
+mod peer;
+mod protocol;
+mod serve;
+#[cfg(test)]
+mod server_tests;
+mod servers;
+mod session;
 mod sse;
 mod store;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod upstream;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::http::request::Parts;
 use futures_util::future::BoxFuture;
 use mastio_core::audit::event::{Event, EventType};
-use mastio_core::error::Kind;
 use mastio_core::time::UnixTime;
-use serde::Serialize;
-use serde_json::value::{RawValue, to_raw_value};
+use moka::future::Cache;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 pub use authn::TokenCallers;
 pub use error::{FieldProblem, GatewayError};
 pub use http::routes;
-use jsonrpc::{Id, Message, Method, RpcError, ToolCall, code};
-use upstream::{Credential, Endpoint, Slot};
+use jsonrpc::{RpcError, code};
+pub use peer::Peers;
+pub use serve::{Schema, Underway};
+use upstream::{Credential, Endpoint};
 pub use upstream::{Secrets, Upstream, UpstreamError};
 
 use crate::entropy::Entropy;
 use crate::http::context::Context;
-use crate::http::error::{ApiError, Problem as _, chain};
+use crate::http::error::ApiError;
+use crate::http::limits::RateLimit;
+use crate::http::urls::ExternalUrls;
+use crate::metrics::Metrics;
+use crate::pki::keys::SealingKey;
 use crate::store::Store;
-use crate::store::group::{Append, AppendError, Journal, OneUse};
+use crate::store::group::{Journal, OneUse};
 
-/// The MCP revision that we answer `initialize` with.
-const PROTOCOL_VERSION: &str = "2024-11-05";
 /// Bytes of a call's arguments at most, as compact JSON (wire contract §5).
 const ARGUMENTS_BYTES_MAX: usize = 128 * 1024;
 /// Resources that may be registered; each may be a line of every agent's tool list.
 const RESOURCES_MAX: i64 = 1000;
 /// Bindings in one page of the list.
 const BINDINGS_PER_PAGE_MAX: i64 = 1000;
-/// How often a caller is judged for one request: once more when its standing changed in between.
-const JUDGED_MAX: usize = 2;
+/// Compiled schemas that are kept.
+pub const SCHEMAS_MAX: u64 = 5000;
 
 /// Who calls, as judged from the access token and the DPoP proof of one request.
 #[derive(Debug, Clone)]
@@ -127,317 +140,20 @@ pub struct Gateway {
     pub entropy: Arc<Entropy>,
     /// Judges callers.
     pub authenticate: Arc<dyn Authenticate>,
-}
-
-/// What goes back to a JSON-RPC caller.
-#[derive(Debug)]
-enum Answer {
-    /// Nothing: the request was a notification.
-    Nothing,
-    /// The body was no request. HTTP 400.
-    Malformed(RpcError),
-    /// A result or an error under the request's id. HTTP 200.
-    Under(Id, Result<Box<RawValue>, RpcError>),
-}
-
-/// What a request will lead to, decided before anything is recorded.
-struct Plan {
-    events: Vec<Event>,
-    step: Step,
-}
-
-enum Step {
-    Answer(Answer),
-    Forward(Box<Forward>),
-}
-
-/// A call that may go upstream.
-struct Forward {
-    id: Id,
-    tool: String,
-    arguments: Box<RawValue>,
-    resource_id: String,
-    endpoint: Endpoint,
-    credential: Credential,
-    slot: Slot,
-}
-
-/// Serves one JSON-RPC message of an authenticated caller.
-///
-/// Errors: 401 for a replayed proof or a standing that changed twice, 503 when the audit log or the database is away.
-async fn serve(
-    gateway: Arc<Gateway>,
-    context: Context,
-    parts: Parts,
-    mut caller: Caller,
-    message: Message,
-) -> Result<Answer, ApiError> {
-    let mut judged = 1;
-    loop {
-        let plan = gateway.plan(&context, &caller, &message).await?;
-        let append = Append {
-            events: plan.events,
-            one_use: caller.one_use.clone(),
-            access_token: caller.access_token.clone(),
-            epoch: Some(caller.epoch),
-        };
-        match gateway.journal.append(append).await {
-            Ok(_sequence) => {
-                return match plan.step {
-                    Step::Answer(answer) => Ok(answer),
-                    Step::Forward(forward) => Ok(gateway.forward(&context, &caller, *forward).await?),
-                };
-            }
-            Err(AppendError::Stale) if judged < JUDGED_MAX => {
-                judged += 1;
-                gateway.authenticate.refresh().await?;
-                caller = gateway.authenticate.caller(&context, &parts).await?;
-            }
-            Err(error) => {
-                let error = GatewayError::from(error);
-                let (kind, reason) = (error.kind(), error.reason());
-                let error = ApiError::from(error);
-                return Err(if kind == Kind::Unauthenticated {
-                    gateway.authenticate.refused(&context, &parts, reason, error).await
-                } else {
-                    error
-                });
-            }
-        }
-    }
-}
-
-impl Gateway {
-    async fn plan(
-        &self,
-        context: &Context,
-        caller: &Caller,
-        message: &Message,
-    ) -> Result<Plan, GatewayError> {
-        let (id, method) = match message {
-            Message::Malformed(error) => return Ok(Plan::answer(Answer::Malformed(error.clone()))),
-            Message::Notification => return Ok(Plan::answer(Answer::Nothing)),
-            Message::Request { id, method } => (id, method),
-        };
-        let outcome = match method {
-            Method::Initialize => Ok(to_raw_value(&json!({
-                "protocolVersion": PROTOCOL_VERSION,
-                "capabilities": { "tools": {} },
-                "serverInfo": { "name": "cullis-proxy", "version": "0.1.0" },
-            }))?),
-            Method::Ping => Ok(jsonrpc::empty_object()),
-            Method::ListTools => Ok(to_raw_value(&self.list_tools(caller).await?)?),
-            Method::Unanswerable(error) => Err(error.clone()),
-            Method::CallTool(call) => return self.plan_call(context, caller, id, call).await,
-        };
-        Ok(Plan::answer(Answer::Under(id.clone(), outcome)))
-    }
-
-    /// The tools that the caller may call, each as registered.
-    async fn list_tools(&self, caller: &Caller) -> Result<ToolList, GatewayError> {
-        let mut tx = self.store.read().await?;
-        let holder = self.holder(caller);
-        let bound = store::bound_tools(&mut tx, &self.org_id, &holder, RESOURCES_MAX).await?;
-        let tools = bound
-            .into_iter()
-            .filter(|tool| has_capability(caller, tool.required_capability.as_deref()).is_ok())
-            .map(|tool| ListedTool {
-                input_schema: tool
-                    .input_schema
-                    .and_then(|schema| RawValue::from_string(schema).ok())
-                    .unwrap_or_else(any_object_schema),
-                name: tool.name,
-                description: tool.description.unwrap_or_default(),
-            })
-            .collect();
-        Ok(ToolList { tools })
-    }
-
-    async fn plan_call(
-        &self,
-        context: &Context,
-        caller: &Caller,
-        id: &Id,
-        call: &ToolCall,
-    ) -> Result<Plan, GatewayError> {
-        let mut tx = self.store.read().await?;
-        let found = store::tool(&mut tx, &self.org_id, &self.holder(caller), &call.name).await?;
-        drop(tx);
-        let resource_id = found.as_ref().map(|tool| tool.resource_id.clone());
-        let decision = authorize(caller, call, found);
-        let mut details = json!({
-            "tool": call.name,
-            "resource_id": resource_id,
-            "request_id": context.request_id,
-            "decision": if decision.is_ok() { "allowed" } else { "denied" },
-        });
-        let reached = match decision {
-            Ok(tool) => self.reach(&tool).map(|reached| (tool, reached)).map_err(|error| {
-                // Allowed, but there is nothing to wait for: decision and outcome are one event.
-                set(&mut details, "outcome", "error");
-                GatewayError::Upstream(error)
-            }),
-            Err(denied) => Err(denied),
-        };
-        let step = match reached {
-            Ok((tool, (endpoint, credential, slot))) => Step::Forward(Box::new(Forward {
-                id: id.clone(),
-                tool: call.name.clone(),
-                arguments: call.arguments.clone(),
-                resource_id: tool.resource_id,
-                endpoint,
-                credential,
-                slot,
-            })),
-            Err(error) => {
-                set(&mut details, "reason", error.reason());
-                let Some(rpc) = error.as_rpc() else { return Err(error) };
-                Step::Answer(Answer::Under(id.clone(), Err(rpc)))
-            }
-        };
-        let event = event(EventType::McpToolCalled, &caller.agent_id, details);
-        Ok(Plan { events: vec![event], step })
-    }
-
-    /// Everything about an upstream call that can fail without waiting.
-    fn reach(&self, tool: &store::Tool) -> Result<(Endpoint, Credential, Slot), UpstreamError> {
-        let endpoint = self.upstream.endpoint(&tool.endpoint_url, &tool.allowed_domains)?;
-        let credential = Credential::parse(&tool.auth_type, tool.auth_secret_ref.as_deref())
-            .map_err(|_| UpstreamError::Credential)?;
-        let slot = self.upstream.slot(&endpoint)?;
-        Ok((endpoint, credential, slot))
-    }
-
-    /// Calls the upstream server and records the outcome before it is told.
-    async fn forward(
-        &self,
-        context: &Context,
-        caller: &Caller,
-        forward: Forward,
-    ) -> Result<Answer, GatewayError> {
-        let started = Instant::now();
-        let Forward { id, tool, arguments, resource_id, endpoint, credential, slot } = forward;
-        let result = self.upstream.call(&endpoint, &credential, &id.text(), &tool, &arguments).await;
-        drop(slot);
-        let latency_ms = i64::try_from(started.elapsed().as_millis()).unwrap_or(i64::MAX);
-
-        let mut details = json!({
-            "tool": tool,
-            "resource_id": resource_id,
-            "request_id": context.request_id,
-            "latency_ms": latency_ms,
-        });
-        let outcome = match result {
-            Ok(result) => {
-                let (result, is_error) = as_tool_result(result)?;
-                set(&mut details, "outcome", if is_error { "error" } else { "ok" });
-                if is_error {
-                    set(&mut details, "reason", "tool_error");
-                }
-                Ok(result)
-            }
-            Err(error) => {
-                tracing::warn!(
-                    request_id = context.request_id,
-                    resource_id,
-                    latency_ms,
-                    error = chain(&error),
-                    "mcp_upstream_call_failed"
-                );
-                set(&mut details, "outcome", "error");
-                set(&mut details, "reason", error.reason());
-                Err(RpcError::new(error.code(), error.to_string()))
-            }
-        };
-        // No epoch: the call was made, so its outcome belongs into the log whatever has changed since.
-        let events = vec![event(EventType::McpToolCalled, &caller.agent_id, details)];
-        self.journal.append(Append { events, ..Append::default() }).await?;
-        Ok(Answer::Under(id, outcome))
-    }
-
-    fn holder(&self, caller: &Caller) -> store::Holder {
-        store::Holder {
-            principal_type: caller.principal_type.clone(),
-            canonical: canonical(&self.org_id, &caller.agent_id),
-            bare: bare(&self.org_id, &caller.agent_id),
-        }
-    }
-}
-
-impl Plan {
-    fn answer(answer: Answer) -> Self {
-        Self { events: Vec::new(), step: Step::Answer(answer) }
-    }
-}
-
-/// Decides whether the caller may make the call. What is not granted is denied.
-fn authorize(
-    caller: &Caller,
-    call: &ToolCall,
-    found: Option<store::Tool>,
-) -> Result<store::Tool, GatewayError> {
-    let tool = found.ok_or_else(|| GatewayError::UnknownTool(call.name.clone()))?;
-    if !tool.bound {
-        return Err(GatewayError::NoBinding(call.name.clone()));
-    }
-    has_capability(caller, tool.required_capability.as_deref())?;
-    let sent = call.arguments.get();
-    // Without its whitespace a text is no longer than with it.
-    if sent.len() > ARGUMENTS_BYTES_MAX {
-        let found = jsonrpc::compact_bytes(sent);
-        if found > ARGUMENTS_BYTES_MAX {
-            return Err(GatewayError::ArgumentsTooLarge { found, bytes_max: ARGUMENTS_BYTES_MAX });
-        }
-    }
-    Ok(tool)
-}
-
-fn has_capability(caller: &Caller, required: Option<&str>) -> Result<(), GatewayError> {
-    match required {
-        Some(required) if !caller.capabilities.iter().any(|held| held == required) => {
-            Err(GatewayError::MissingCapability(required.to_owned()))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The result of `tools/call` and whether it says that the tool failed. A result with a `content` list passes
-/// untouched; anything else, which an MCP client could not read, becomes one block of text.
-fn as_tool_result(result: Box<RawValue>) -> Result<(Box<RawValue>, bool), GatewayError> {
-    #[derive(serde::Deserialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Shape<'a> {
-        #[serde(borrow)]
-        content: &'a RawValue,
-        #[serde(borrow)]
-        is_error: Option<&'a RawValue>,
-    }
-    if let Ok(shape) = serde_json::from_str::<Shape<'_>>(result.get())
-        && shape.content.get().starts_with('[')
-    {
-        let is_error = shape.is_error.is_some_and(|flag| flag.get() == "true");
-        return Ok((result, is_error));
-    }
-    let text = serde_json::from_str::<String>(result.get()).unwrap_or_else(|_| result.get().to_owned());
-    let wrapped = json!({ "content": [{ "type": "text", "text": text }], "isError": false });
-    Ok((to_raw_value(&wrapped)?, false))
-}
-
-#[derive(Serialize)]
-struct ToolList {
-    tools: Vec<ListedTool>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ListedTool {
-    name: String,
-    description: String,
-    input_schema: Box<RawValue>,
-}
-
-fn any_object_schema() -> Box<RawValue> {
-    to_raw_value(&json!({ "type": "object", "properties": {} })).unwrap_or_else(|_| jsonrpc::empty_object())
+    /// Seals credentials for upstream servers, and session ids.
+    pub sealing: Arc<SealingKey>,
+    /// Sessions with upstream servers and their health.
+    pub peers: Peers,
+    /// Requests under way, for those who take theirs back.
+    pub underway: Underway,
+    /// Schemas of tools' arguments, by the digest of the definition.
+    pub schemas: Cache<String, Arc<Schema>>,
+    /// How often an agent calls a tool.
+    pub tool_limits: RateLimit,
+    /// By which URLs a browser's request may come.
+    pub urls: ExternalUrls,
+    /// Counts calls.
+    pub metrics: Arc<Metrics>,
 }
 
 /// An upstream server to be registered.
@@ -593,7 +309,7 @@ impl Gateway {
     ) -> Result<Binding, GatewayError> {
         check_binding(agent_id, principal_type)?;
         let mut tx = self.store.write().await?;
-        store::resource_name(&mut tx, &self.org_id, resource_id)
+        store::bindable_name(&mut tx, &self.org_id, resource_id)
             .await?
             .ok_or(GatewayError::UnknownResource)?;
         let holder = store::Holder {

@@ -1,8 +1,13 @@
-//! SQL of the gateway: `local_mcp_resources` and `local_agent_resource_bindings`.
+//! SQL of the gateway: `local_mcp_resources`, `mcp_upstreams`, `mcp_tools` and `local_agent_resource_bindings`.
 //!
 //! A predecessor's rows may lack the organisation, which then is ours, and may name an agent by its bare name. So
 //! every look-up by agent takes both names.
 
+use mastio_core::time::UnixTime;
+
+use super::peer::Discovered;
+use super::protocol::Revision;
+use super::servers::{Server, Tool as ServerTool, ToolState};
 use super::{Binding, Resource};
 use crate::store::{Query, ReadTx, Row, StoreError, WriteTx};
 use crate::values;
@@ -111,7 +116,8 @@ fn capability(row: &Row, index: usize) -> Result<Option<String>, StoreError> {
 pub(super) async fn name_is_taken(tx: &mut WriteTx, org_id: &str, name: &str) -> Result<bool, StoreError> {
     let row = tx
         .row(
-            "SELECT resource_id FROM local_mcp_resources WHERE name = $2 AND (org_id = $1 OR org_id IS NULL) LIMIT 1",
+            "SELECT resource_id FROM local_mcp_resources WHERE name = $2 AND (org_id = $1 OR org_id IS NULL) \
+             UNION SELECT tool_id FROM mcp_tools WHERE name = $2 LIMIT 1",
             values![org_id, name],
         )
         .await?;
@@ -196,6 +202,23 @@ pub(super) async fn resource_name(
     let row = tx
         .row(
             "SELECT name FROM local_mcp_resources WHERE resource_id = $2 AND (org_id = $1 OR org_id IS NULL)",
+            values![org_id, resource_id],
+        )
+        .await?;
+    row.map(|row| row.text(0)).transpose()
+}
+
+/// The name of what a binding can be to: a resource of ours, a server, or a server's tool.
+pub(super) async fn bindable_name(
+    tx: &mut WriteTx,
+    org_id: &str,
+    resource_id: &str,
+) -> Result<Option<String>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT name FROM local_mcp_resources WHERE resource_id = $2 AND (org_id = $1 OR org_id IS NULL) \
+             UNION ALL SELECT name FROM mcp_upstreams WHERE upstream_id = $2 \
+             UNION ALL SELECT name FROM mcp_tools WHERE tool_id = $2 LIMIT 1",
             values![org_id, resource_id],
         )
         .await?;
@@ -317,4 +340,334 @@ pub(super) async fn revoke(
         Ok(Revoked { agent_id: row.text(0)?, principal_type: row.text(1)?, resource_id: row.text(2)? })
     })
     .transpose()
+}
+
+// ---------------------------------------------------------------- servers with many tools
+
+const SERVER: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
+     allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
+     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams WHERE upstream_id = $1 OR name = $1 \
+     ORDER BY CASE WHEN upstream_id = $1 THEN 0 ELSE 1 END LIMIT 1";
+const SERVERS: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
+     allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
+     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams ORDER BY name LIMIT $1";
+const BOUND_SERVERS: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
+     allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
+     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams WHERE enabled = 1 AND upstream_id IN (\
+     SELECT b.resource_id FROM local_agent_resource_bindings b WHERE b.agent_id IN ($2, $3) \
+     AND b.principal_type = $1 AND b.revoked_at IS NULL) ORDER BY name LIMIT $4";
+
+fn read_server(row: &Row) -> Result<Server, StoreError> {
+    Ok(Server {
+        upstream_id: row.text(0)?,
+        name: row.text(1)?,
+        endpoint_url: row.text(2)?,
+        description: row.optional_text(3)?,
+        auth_type: row.text(4)?,
+        credential_sealed: row.optional_text(5)?,
+        // As for a resource: what cannot be read must not widen what is allowed.
+        allowed_domains: serde_json::from_str(&row.text(6)?).unwrap_or_else(|_| vec![String::new()]),
+        required_capability: row.optional_text(7)?,
+        ca_pem: row.optional_text(8)?,
+        timeout_ms: row.integer(9)?,
+        calls_max: row.integer(10)?,
+        enabled: row.truth(11)?,
+        revision: row.optional_text(12)?.as_deref().and_then(Revision::parse),
+        capabilities: serde_json::from_str(&row.text(13)?).unwrap_or_default(),
+        discovered_at: row.optional_text(14)?,
+        discovery_error: row.optional_text(15)?,
+        created_at: row.text(16)?,
+        updated_at: row.text(17)?,
+    })
+}
+
+/// The server of this id or name.
+pub(super) async fn server(tx: &mut impl Query, id: &str) -> Result<Option<Server>, StoreError> {
+    tx.row(SERVER, values![id]).await?.map(|row| read_server(&row)).transpose()
+}
+
+/// Servers by name.
+pub(super) async fn servers(tx: &mut ReadTx, limit: i64) -> Result<Vec<Server>, StoreError> {
+    tx.rows(SERVERS, values![limit]).await?.iter().map(read_server).collect()
+}
+
+/// The enabled servers that the holder is bound to as a whole, by name.
+pub(super) async fn bound_servers(
+    tx: &mut ReadTx,
+    holder: &Holder,
+    limit: i64,
+) -> Result<Vec<Server>, StoreError> {
+    let values = values![&holder.principal_type, &holder.canonical, &holder.bare, limit];
+    tx.rows(BOUND_SERVERS, values).await?.iter().map(read_server).collect()
+}
+
+/// How many servers there are.
+pub(super) async fn count_servers(tx: &mut WriteTx) -> Result<i64, StoreError> {
+    tx.row("SELECT COUNT(*) FROM mcp_upstreams", &[]).await?.map_or(Ok(0), |row| row.integer(0))
+}
+
+/// Adds a server.
+pub(super) async fn insert_server(tx: &mut WriteTx, server: &Server) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO mcp_upstreams (upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
+         allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
+         created_at, updated_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, NULL, '{}', $13, $14)",
+        values![
+            &server.upstream_id,
+            &server.name,
+            &server.endpoint_url,
+            server.description.as_deref(),
+            &server.auth_type,
+            server.credential_sealed.as_deref(),
+            domains(server),
+            server.required_capability.as_deref(),
+            server.ca_pem.as_deref(),
+            server.timeout_ms,
+            server.calls_max,
+            server.enabled,
+            &server.created_at,
+            &server.updated_at,
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+fn domains(server: &Server) -> String {
+    serde_json::to_string(&server.allowed_domains).unwrap_or_else(|_| "[\"\"]".to_owned())
+}
+
+/// Changes a server's settings.
+pub(super) async fn update_server(tx: &mut WriteTx, server: &Server) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE mcp_upstreams SET name = $2, endpoint_url = $3, description = $4, auth_type = $5, \
+         credential_sealed = $6, allowed_domains = $7, required_capability = $8, ca_pem = $9, timeout_ms = $10, \
+         calls_max = $11, enabled = $12, updated_at = $13 WHERE upstream_id = $1",
+        values![
+            &server.upstream_id,
+            &server.name,
+            &server.endpoint_url,
+            server.description.as_deref(),
+            &server.auth_type,
+            server.credential_sealed.as_deref(),
+            domains(server),
+            server.required_capability.as_deref(),
+            server.ca_pem.as_deref(),
+            server.timeout_ms,
+            server.calls_max,
+            server.enabled,
+            &server.updated_at,
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+/// Removes a server; gives the numbers of its tools and of the bindings that went with it.
+pub(super) async fn delete_server(tx: &mut WriteTx, upstream_id: &str) -> Result<(u64, u64), StoreError> {
+    let bindings = tx
+        .execute(
+            "DELETE FROM local_agent_resource_bindings WHERE resource_id = $1 \
+             OR resource_id IN (SELECT tool_id FROM mcp_tools WHERE upstream_id = $1)",
+            values![upstream_id],
+        )
+        .await?;
+    let tools = tx.execute("DELETE FROM mcp_tools WHERE upstream_id = $1", values![upstream_id]).await?;
+    tx.execute("DELETE FROM mcp_upstreams WHERE upstream_id = $1", values![upstream_id]).await?;
+    Ok((tools, bindings))
+}
+
+/// Notes how a look at a server ended.
+pub(super) async fn note_discovery(
+    tx: &mut WriteTx,
+    upstream_id: &str,
+    found: Option<&Discovered>,
+    error: Option<&str>,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    let Some(found) = found else {
+        return tx
+            .execute(
+                "UPDATE mcp_upstreams SET discovery_error = $2 WHERE upstream_id = $1",
+                values![upstream_id, error],
+            )
+            .await
+            .map(drop);
+    };
+    let capabilities = serde_json::to_string(&found.capabilities).unwrap_or_else(|_| "{}".to_owned());
+    tx.execute(
+        "UPDATE mcp_upstreams SET revision = $2, capabilities = $3, discovered_at = $4, discovery_error = NULL \
+         WHERE upstream_id = $1",
+        values![upstream_id, found.revision.as_str(), capabilities, now.to_rfc3339()],
+    )
+    .await
+    .map(drop)
+}
+
+const TOOL_BY_ID: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
+     found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
+     approved_by FROM mcp_tools WHERE tool_id = $1 OR name = $1 \
+     ORDER BY CASE WHEN tool_id = $1 THEN 0 ELSE 1 END LIMIT 1";
+const TOOL_BY_NAME: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
+     found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
+     approved_by FROM mcp_tools WHERE name = $1";
+const TOOLS_OF: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
+     found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
+     approved_by FROM mcp_tools WHERE upstream_id = $1 ORDER BY name LIMIT $2";
+
+fn read_tool(row: &Row) -> Result<ServerTool, StoreError> {
+    Ok(ServerTool {
+        tool_id: row.text(0)?,
+        upstream_id: row.text(1)?,
+        upstream_name: row.text(2)?,
+        name: row.text(3)?,
+        state: ToolState::parse(&row.text(4)?),
+        definition: row.optional_text(5)?,
+        definition_digest: row.optional_text(6)?,
+        found: row.text(7)?,
+        found_digest: row.text(8)?,
+        present: row.truth(9)?,
+        imitates: row.optional_text(10)?,
+        required_capability: row.optional_text(11)?,
+        calls_per_minute: row.optional_integer(12)?,
+        first_seen_at: row.text(13)?,
+        approved_at: row.optional_text(14)?,
+        approved_by: row.optional_text(15)?,
+    })
+}
+
+/// The tool of this id or name.
+pub(super) async fn server_tool(tx: &mut impl Query, id: &str) -> Result<Option<ServerTool>, StoreError> {
+    tx.row(TOOL_BY_ID, values![id]).await?.map(|row| read_tool(&row)).transpose()
+}
+
+/// The tool that agents know by this name, and its server where that is enabled.
+pub(super) async fn offered_tool(
+    tx: &mut ReadTx,
+    name: &str,
+) -> Result<Option<(ServerTool, Server)>, StoreError> {
+    let Some(row) = tx.row(TOOL_BY_NAME, values![name]).await? else { return Ok(None) };
+    let tool = read_tool(&row)?;
+    let server = server(tx, &tool.upstream_id).await?.filter(|server| server.enabled);
+    Ok(server.map(|server| (tool, server)))
+}
+
+/// The tools of a server, by name.
+pub(super) async fn tools_of(
+    tx: &mut impl Query,
+    upstream_id: &str,
+    limit: i64,
+) -> Result<Vec<ServerTool>, StoreError> {
+    tx.rows(TOOLS_OF, values![upstream_id, limit]).await?.iter().map(read_tool).collect()
+}
+
+/// Whether the holder is bound to the tool or to its server.
+pub(super) async fn is_bound_to_either(
+    tx: &mut ReadTx,
+    holder: &Holder,
+    tool: &ServerTool,
+) -> Result<bool, StoreError> {
+    let row = tx
+        .row(
+            "SELECT binding_id FROM local_agent_resource_bindings WHERE resource_id IN ($1, $2) \
+             AND principal_type = $3 AND agent_id IN ($4, $5) AND revoked_at IS NULL LIMIT 1",
+            values![
+                &tool.tool_id,
+                &tool.upstream_id,
+                &holder.principal_type,
+                &holder.canonical,
+                &holder.bare
+            ],
+        )
+        .await?;
+    Ok(row.is_some())
+}
+
+/// The tools that the holder is bound to, by themselves or with their servers, whose servers are enabled; with the
+/// capability that the server asks for.
+pub(super) async fn bound_server_tools(
+    tx: &mut ReadTx,
+    holder: &Holder,
+    limit: i64,
+) -> Result<Vec<(ServerTool, Option<String>)>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT t.tool_id, t.upstream_id, t.upstream_name, t.name, t.state, t.definition, t.definition_digest, \
+             t.found, t.found_digest, t.present, t.imitates, t.required_capability, t.calls_per_minute, \
+             t.first_seen_at, t.approved_at, t.approved_by, u.required_capability FROM mcp_tools t \
+             JOIN mcp_upstreams u ON u.upstream_id = t.upstream_id AND u.enabled = 1 WHERE t.state = 'approved' \
+             AND EXISTS (SELECT 1 FROM local_agent_resource_bindings b WHERE b.resource_id IN (t.tool_id, t.upstream_id) \
+             AND b.principal_type = $1 AND b.agent_id IN ($2, $3) AND b.revoked_at IS NULL) ORDER BY t.name LIMIT $4",
+            values![&holder.principal_type, &holder.canonical, &holder.bare, limit],
+        )
+        .await?;
+    rows.iter().map(|row| Ok((read_tool(row)?, row.optional_text(16)?))).collect()
+}
+
+/// Every name that a tool has, of whatever kind.
+pub(super) async fn every_tool_name(
+    tx: &mut impl Query,
+) -> Result<std::collections::HashSet<String>, StoreError> {
+    let rows = tx
+        .rows("SELECT name FROM local_mcp_resources UNION SELECT name FROM mcp_tools ORDER BY name", &[])
+        .await?;
+    rows.iter().map(|row| row.text(0)).collect()
+}
+
+/// Adds a tool.
+pub(super) async fn insert_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO mcp_tools (tool_id, upstream_id, upstream_name, name, state, found, found_digest, present, \
+         imitates, first_seen_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        values![
+            &tool.tool_id,
+            &tool.upstream_id,
+            &tool.upstream_name,
+            &tool.name,
+            tool.state.as_str(),
+            &tool.found,
+            &tool.found_digest,
+            tool.present,
+            tool.imitates.as_deref(),
+            &tool.first_seen_at,
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+/// Writes what a look has found of a tool.
+pub(super) async fn update_found(tx: &mut WriteTx, tool: &ServerTool) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE mcp_tools SET found = $2, found_digest = $3, present = $4 WHERE tool_id = $1",
+        values![&tool.tool_id, &tool.found, &tool.found_digest, tool.present],
+    )
+    .await
+    .map(drop)
+}
+
+/// Writes what an operator has decided about a tool.
+pub(super) async fn update_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE mcp_tools SET state = $2, definition = $3, definition_digest = $4, required_capability = $5, \
+         calls_per_minute = $6, approved_at = $7, approved_by = $8 WHERE tool_id = $1",
+        values![
+            &tool.tool_id,
+            tool.state.as_str(),
+            tool.definition.as_deref(),
+            tool.definition_digest.as_deref(),
+            tool.required_capability.as_deref(),
+            tool.calls_per_minute,
+            tool.approved_at.as_deref(),
+            tool.approved_by.as_deref(),
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+/// Whether a session was ended.
+pub(super) async fn is_used_up(tx: &mut ReadTx, id: &str) -> Result<bool, StoreError> {
+    let row = tx.row("SELECT jwt_id FROM used_jwt_ids WHERE jwt_id = $1", values![id]).await?;
+    Ok(row.is_some())
 }

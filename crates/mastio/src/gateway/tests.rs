@@ -28,6 +28,7 @@ use crate::http::authn::AdminSecret;
 use crate::operators::Operators;
 use crate::store::{DatabaseUrl, Query as _, schema};
 use crate::values;
+use moka::future::Cache;
 
 const NOW: UnixMicros = UnixMicros(1_776_971_052_000_000);
 
@@ -111,9 +112,9 @@ async fn upstream_answer(
 }
 
 /// Judges by two headers: whose token it is, and the proof's identifier.
-struct FakeAuthenticate {
+pub(super) struct FakeAuthenticate {
     store: Store,
-    capabilities: Mutex<HashMap<String, Vec<String>>>,
+    pub(super) capabilities: Mutex<HashMap<String, Vec<String>>>,
     /// How often a caller is judged at an epoch that has passed.
     stale: AtomicI64,
     judged: AtomicI64,
@@ -156,10 +157,10 @@ impl Authenticate for FakeAuthenticate {
     }
 }
 
-struct World {
-    gateway: Arc<Gateway>,
-    router: Router,
-    fake: Arc<FakeAuthenticate>,
+pub(super) struct World {
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) router: Router,
+    pub(super) fake: Arc<FakeAuthenticate>,
     upstream: UpstreamState,
     upstream_address: SocketAddr,
     proofs: AtomicUsize,
@@ -167,7 +168,7 @@ struct World {
 }
 
 impl World {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::with(&["127.0.0.1"], Duration::from_secs(9)).await
     }
 
@@ -197,8 +198,15 @@ impl World {
             journal,
             upstream: client(allowlist).with_call_timeout(call_timeout),
             org_id: "acme".to_owned(),
+            sealing: Arc::new(SealingKey::create_file(&directory.path().join("seal.key"), &entropy).unwrap()),
             entropy,
             authenticate: Arc::clone(&fake) as Arc<dyn Authenticate>,
+            peers: Peers::default(),
+            underway: Underway::default(),
+            schemas: Cache::new(SCHEMAS_MAX),
+            tool_limits: RateLimit::per_minute(0),
+            urls: ExternalUrls::new(Some("https://mastio.example".to_owned()), vec!["localhost".to_owned()]),
+            metrics: Arc::new(Metrics::new()),
         });
         let router = router(&gateway);
         let proofs = AtomicUsize::new(0);
@@ -209,14 +217,18 @@ impl World {
         format!("http://{}/{kind}", self.upstream_address)
     }
 
-    async fn send(&self, request: Request<Body>) -> (StatusCode, String) {
+    pub(super) async fn send(&self, request: Request<Body>) -> (StatusCode, String) {
         send(&self.router, request).await
     }
 
-    async fn admin(&self, method: Method, path: &str, body: Value) -> (StatusCode, Value) {
+    pub(super) async fn admin(&self, method: Method, path: &str, body: Value) -> (StatusCode, Value) {
+        self.admin_at(method, &format!("/v1/admin/mcp-resources{path}"), body).await
+    }
+
+    pub(super) async fn admin_at(&self, method: Method, path: &str, body: Value) -> (StatusCode, Value) {
         let request = Request::builder()
             .method(method)
-            .uri(format!("/v1/admin/mcp-resources{path}"))
+            .uri(path)
             .header("x-admin-secret", "s3cret")
             .body(if body.is_null() { Body::empty() } else { Body::from(body.to_string()) })
             .unwrap();
@@ -231,7 +243,7 @@ impl World {
         answer["resource_id"].as_str().unwrap().to_owned()
     }
 
-    async fn bind(&self, agent_id: &str, resource_id: &str) -> String {
+    pub(super) async fn bind(&self, agent_id: &str, resource_id: &str) -> String {
         let body = json!({ "agent_id": agent_id, "resource_id": resource_id });
         let (status, answer) = self.admin(Method::POST, "/bindings", body).await;
         assert_eq!(status, StatusCode::CREATED, "{answer}");
@@ -244,7 +256,7 @@ impl World {
         self.bind("acme::a", &resource_id).await;
     }
 
-    fn post(&self, agent_id: &str, body: &str) -> Request<Body> {
+    pub(super) fn post(&self, agent_id: &str, body: &str) -> Request<Body> {
         let proof = self.proofs.fetch_add(1, Ordering::SeqCst);
         Request::post("/v1/mcp")
             .header("authorization", format!("DPoP {agent_id}"))
@@ -253,7 +265,7 @@ impl World {
             .unwrap()
     }
 
-    async fn rpc(&self, agent_id: &str, body: &str) -> (StatusCode, String) {
+    pub(super) async fn rpc(&self, agent_id: &str, body: &str) -> (StatusCode, String) {
         self.send(self.post(agent_id, body)).await
     }
 
@@ -268,7 +280,7 @@ impl World {
         error_in(&self.call(agent_id).await)
     }
 
-    async fn tools(&self, agent_id: &str) -> Vec<Value> {
+    pub(super) async fn tools(&self, agent_id: &str) -> Vec<Value> {
         let (status, text) = self.rpc(agent_id, LIST).await;
         assert_eq!(status, StatusCode::OK, "{text}");
         let answer: Value = serde_json::from_str(&text).unwrap();
@@ -276,7 +288,7 @@ impl World {
     }
 
     /// Type, actor and details of every event in the log.
-    async fn events(&self) -> Vec<(String, String, Value)> {
+    pub(super) async fn events(&self) -> Vec<(String, String, Value)> {
         let mut tx = self.gateway.store.read().await.unwrap();
         let rows =
             tx.rows("SELECT event_type, actor, details FROM audit_events ORDER BY seq", &[]).await.unwrap();
@@ -295,6 +307,8 @@ impl World {
                 let details = details.as_object_mut().unwrap();
                 assert!(details.remove("request_id").unwrap().is_string());
                 assert!(details.remove("latency_ms").is_none_or(|latency| latency.is_i64()));
+                assert_eq!(details.remove("trace_id").unwrap().as_str().unwrap().len(), 32);
+                assert_eq!(details.remove("arguments_digest").unwrap().as_str().unwrap().len(), 64);
                 details.remove("resource_id").unwrap();
                 assert!(actor.starts_with("acme::") || actor == "a", "{actor}");
                 calls.push(Value::Object(details.clone()));
@@ -342,7 +356,7 @@ async fn send(router: &Router, request: Request<Body>) -> (StatusCode, String) {
     (status, String::from_utf8(bytes.to_vec()).unwrap())
 }
 
-fn error_in(text: &str) -> (i64, String) {
+pub(super) fn error_in(text: &str) -> (i64, String) {
     let answer: Value = serde_json::from_str(text).unwrap();
     let error = &answer["error"];
     assert!(error.is_object() && answer.get("result").is_none(), "{text}");
@@ -1032,7 +1046,7 @@ async fn a_schema_that_is_too_large_or_absent_does_not_stop_the_registration() {
 }
 
 /// Waits for something that a task of the test brings about.
-async fn wait_until(reached: impl Fn() -> bool) {
+pub(super) async fn wait_until(reached: impl Fn() -> bool) {
     let waiting = async {
         while !reached() {
             tokio::task::yield_now().await;

@@ -1,18 +1,17 @@
-//! The HTTP client towards upstream servers: one JSON-RPC request out, one answer in, everything bounded.
+//! The HTTP client towards upstream servers: one JSON-RPC message out, the messages of its answer in, all bounded.
 //!
-//! A call is a POST with headers that we built ourselves; nothing of the caller's request but the tool's name, its
-//! arguments and the request id goes out, so no credential of a caller ever reaches an upstream server. Redirects
-//! are not followed and no proxy is used, because each would connect to an address that nobody has checked (see
-//! [`super::address`]). The answer is JSON or a stream of events; of a stream the first event that answers our id
-//! counts, and the rest is not waited for.
+//! A call is a POST with headers that we built ourselves, so no credential of a caller ever reaches an upstream server.
+//! Redirects are not followed and no proxy is used, because each would connect to an address that nobody has checked
+//! (see [`super::address`]). The answer is JSON or a stream of events; [`Incoming`] gives its messages one by one.
+//! What a server of today's MCP needs besides (revisions, sessions) is [`super::peer`]'s.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Response, Url};
 use serde::{Deserialize, Serialize};
@@ -32,8 +31,10 @@ pub const SCHEMA_TIMEOUT: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an idle connection is kept.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Bytes of an upstream answer at most, a whole event stream included.
+/// Bytes of one message of an upstream answer at most.
 pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Bytes of a whole event stream at most, comments included.
+const STREAM_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of a tool's input schema at most; a larger one is not kept.
 pub const SCHEMA_BYTES_MAX: usize = 64 * 1024;
 /// Calls that may be under way to one upstream host. One more is refused at once.
@@ -49,11 +50,20 @@ const MESSAGE_BYTES_MAX: usize = 512;
 pub type Secrets = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
 
 /// Why an upstream call gave no result. The text is what the caller reads; it names no address.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum UpstreamError {
     /// As many calls to the host are under way as may be.
     #[error("upstream server has too many calls under way: try again")]
     Busy,
+    /// The server failed several times in a row and is left alone for a while.
+    #[error("upstream server has failed several times: it is left alone for a few seconds")]
+    Resting,
+    /// The caller went away or took the request back.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// The server is not one that was looked at successfully.
+    #[error("upstream server has not been discovered yet")]
+    Undiscovered,
     /// The endpoint is not one that may be called.
     #[error("upstream server is not allowed: {0}")]
     Endpoint(&'static str),
@@ -62,7 +72,7 @@ pub enum UpstreamError {
     Address,
     /// No connection, or it broke.
     #[error("upstream server is unreachable")]
-    Unreachable(#[source] reqwest::Error),
+    Unreachable(#[source] Arc<reqwest::Error>),
     /// No answer in time.
     #[error("upstream server did not answer in time")]
     Timeout,
@@ -96,9 +106,14 @@ impl UpstreamError {
     #[must_use]
     pub fn code(&self) -> i64 {
         match self {
-            Self::Busy | Self::Endpoint(_) | Self::Address | Self::Unreachable(_) | Self::Timeout => {
-                code::UNREACHABLE
-            }
+            Self::Busy
+            | Self::Resting
+            | Self::Cancelled
+            | Self::Undiscovered
+            | Self::Endpoint(_)
+            | Self::Address
+            | Self::Unreachable(_)
+            | Self::Timeout => code::UNREACHABLE,
             Self::Credential | Self::Authentication(_) => code::UPSTREAM_AUTHENTICATION,
             Self::Status(_) | Self::TooLarge | Self::Garbage(_) | Self::Answered { .. } => code::TOOL_ERROR,
         }
@@ -109,6 +124,9 @@ impl UpstreamError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Busy => "upstream_busy",
+            Self::Resting => "upstream_resting",
+            Self::Cancelled => "cancelled",
+            Self::Undiscovered => "upstream_undiscovered",
             Self::Endpoint(_) => "upstream_endpoint_refused",
             Self::Address => "upstream_address_refused",
             Self::Unreachable(_) => "upstream_unreachable",
@@ -123,7 +141,7 @@ impl UpstreamError {
     }
 }
 
-/// How we prove ourselves to an upstream server.
+/// How we prove ourselves to the server of a registered tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credential {
     /// Not at all.
@@ -277,13 +295,20 @@ impl Upstream {
     ///
     /// Errors: [`UpstreamError::Busy`] at once when [`CALLS_PER_HOST_MAX`] are under way.
     pub fn slot(&self, endpoint: &Endpoint) -> Result<Slot, UpstreamError> {
+        self.slot_of(&endpoint.authority, CALLS_PER_HOST_MAX)
+    }
+
+    /// Takes a place among the `calls_max` to what `key` names.
+    ///
+    /// Errors: [`UpstreamError::Busy`] at once when all are taken.
+    pub fn slot_of(&self, key: &str, calls_max: usize) -> Result<Slot, UpstreamError> {
         let semaphore = {
             let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
             if hosts.len() >= HOSTS_MAX {
-                hosts.retain(|_, calls| calls.available_permits() < CALLS_PER_HOST_MAX);
+                hosts.retain(|_, calls| Arc::strong_count(calls) > 1);
             }
-            let new = || Arc::new(Semaphore::new(CALLS_PER_HOST_MAX));
-            Arc::clone(hosts.entry(endpoint.authority.clone()).or_insert_with(new))
+            let new = || Arc::new(Semaphore::new(calls_max));
+            Arc::clone(hosts.entry(key.to_owned()).or_insert_with(new))
         };
         let permit = semaphore.try_acquire_owned().map_err(|_| UpstreamError::Busy)?;
         Ok(Slot { _permit: permit })
@@ -340,60 +365,205 @@ impl Upstream {
         timeout: Duration,
     ) -> Result<Box<RawValue>, UpstreamError> {
         let body = serde_json::to_vec(request).map_err(|_| UpstreamError::Garbage("the request"))?;
-        let authorization = credential.header(&self.secrets)?;
-        let client = match endpoint.reach {
-            Reach::Public => &self.public,
-            Reach::Internal => &self.internal,
+        let mut headers = HeaderMap::new();
+        headers.extend(credential.header(&self.secrets)?);
+        let answer = async {
+            let mut incoming = self.post(endpoint, None, headers, body).await?;
+            incoming.is_success()?;
+            while let Some(message) = incoming.next().await? {
+                // Progress and log messages may come before the answer.
+                if let Some(answer) = answer_in(&message, request.id) {
+                    return answer;
+                }
+            }
+            Err(UpstreamError::Garbage("no answer to our request id"))
         };
-        let mut post = client
+        tokio::time::timeout(timeout, answer).await.map_err(|_| UpstreamError::Timeout)?
+    }
+
+    /// Posts a JSON-RPC message and gives the response, whatever its status. `client` is the server's own, where it
+    /// needs one; otherwise the common one of the endpoint's reach.
+    ///
+    /// Errors: [`UpstreamError::Address`], [`UpstreamError::Unreachable`], [`UpstreamError::Timeout`] of the connection,
+    /// [`UpstreamError::TooLarge`] for an answer that announces too much.
+    pub async fn post(
+        &self,
+        endpoint: &Endpoint,
+        client: Option<&Client>,
+        headers: HeaderMap,
+        body: Vec<u8>,
+    ) -> Result<Incoming, UpstreamError> {
+        let response = self
+            .client(endpoint, client)
             .post(endpoint.url.clone())
             .header(header::ACCEPT, "application/json, text/event-stream")
             .header(header::CONTENT_TYPE, "application/json")
-            .body(body);
-        if let Some((name, value)) = authorization {
-            post = post.header(name, value);
+            .headers(headers)
+            .body(body)
+            .send()
+            .await
+            .map_err(unreachable)?;
+        Incoming::of(response)
+    }
+
+    /// Posts a form, for a token endpoint, and gives the JSON of a success.
+    ///
+    /// Errors: as [`Upstream::post`], and [`UpstreamError::Authentication`] for any other status than success.
+    pub async fn post_form(
+        &self,
+        endpoint: &Endpoint,
+        client: Option<&Client>,
+        headers: HeaderMap,
+        form: String,
+    ) -> Result<Vec<u8>, UpstreamError> {
+        let sent = self
+            .client(endpoint, client)
+            .post(endpoint.url.clone())
+            .header(header::ACCEPT, "application/json")
+            .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .headers(headers)
+            .body(form)
+            .send();
+        let answer = async {
+            let mut incoming = Incoming::of(sent.await.map_err(unreachable)?)?;
+            match incoming.status() {
+                200..=299 => Ok(incoming.next().await?.unwrap_or_default()),
+                status => Err(UpstreamError::Authentication(status)),
+            }
+        };
+        tokio::time::timeout(CALL_TIMEOUT, answer).await.map_err(|_| UpstreamError::Timeout)?
+    }
+
+    /// Ends a session at the server. Nobody waits for what it says.
+    pub async fn delete(&self, endpoint: &Endpoint, client: Option<&Client>, headers: HeaderMap) {
+        let sent = self.client(endpoint, client).delete(endpoint.url.clone()).headers(headers).send();
+        // The server forgets the session by itself, sooner or later.
+        let _told = tokio::time::timeout(SCHEMA_TIMEOUT, sent).await;
+    }
+
+    fn client<'a>(&'a self, endpoint: &Endpoint, own: Option<&'a Client>) -> &'a Client {
+        match (own, endpoint.reach) {
+            (Some(own), _) => own,
+            (None, Reach::Public) => &self.public,
+            (None, Reach::Internal) => &self.internal,
         }
-        let answer = async { read_answer(post.send().await.map_err(unreachable)?, request.id).await };
-        tokio::time::timeout(timeout, answer).await.map_err(|_| UpstreamError::Timeout)?
+    }
+
+    /// A client that trusts `ca_pem` besides the machine's roots and shows `identity_pem` (certificate and key).
+    ///
+    /// Errors: [`UpstreamError::Credential`] for what is no certificate or key.
+    pub fn own_client(
+        endpoint: &Endpoint,
+        ca_pem: Option<&str>,
+        identity_pem: Option<&str>,
+    ) -> Result<Client, UpstreamError> {
+        let mut builder = builder(endpoint.reach);
+        if let Some(pem) = ca_pem {
+            let certificates = reqwest::Certificate::from_pem_bundle(pem.as_bytes())
+                .map_err(|_| UpstreamError::Credential)?;
+            if certificates.is_empty() {
+                return Err(UpstreamError::Credential);
+            }
+            // In their place, not beside them: whoever names a CA means that one.
+            builder = builder.tls_certs_only(certificates);
+        }
+        if let Some(pem) = identity_pem {
+            let identity =
+                reqwest::Identity::from_pem(pem.as_bytes()).map_err(|_| UpstreamError::Credential)?;
+            builder = builder.identity(identity);
+        }
+        builder.build().map_err(|_| UpstreamError::Credential)
     }
 }
 
-/// Reads the answer to the request `id` from a response.
-async fn read_answer(mut response: Response, id: &str) -> Result<Box<RawValue>, UpstreamError> {
-    match response.status().as_u16() {
-        200..=299 => {}
-        refused @ (401 | 403) => return Err(UpstreamError::Authentication(refused)),
-        other => return Err(UpstreamError::Status(other)),
-    }
-    if response.content_length().is_some_and(|bytes| bytes > ANSWER_BYTES_MAX as u64) {
-        return Err(UpstreamError::TooLarge);
-    }
-    let streamed = response
-        .headers()
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .is_some_and(|value| value.trim_start().to_ascii_lowercase().starts_with("text/event-stream"));
-    let mut bytes_read = 0;
-    let mut body = Vec::new();
-    let mut events = EventStream::default();
-    while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
-        bytes_read += chunk.len();
-        if bytes_read > ANSWER_BYTES_MAX {
+/// A response on its way: its JSON-RPC messages one by one.
+pub struct Incoming {
+    response: Response,
+    streamed: bool,
+    events: Option<EventStream>,
+    waiting: VecDeque<Vec<u8>>,
+    body: Vec<u8>,
+    bytes_read: usize,
+    /// Bytes since the last whole message.
+    bytes_pending: usize,
+}
+
+impl Incoming {
+    fn of(response: Response) -> Result<Self, UpstreamError> {
+        if response.content_length().is_some_and(|bytes| bytes > ANSWER_BYTES_MAX as u64) {
             return Err(UpstreamError::TooLarge);
         }
-        if !streamed {
-            body.extend_from_slice(&chunk);
-            continue;
+        let streamed =
+            response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(
+                |value| value.trim_start().to_ascii_lowercase().starts_with("text/event-stream"),
+            );
+        Ok(Self {
+            response,
+            streamed,
+            events: Some(EventStream::default()),
+            waiting: VecDeque::new(),
+            body: Vec::new(),
+            bytes_read: 0,
+            bytes_pending: 0,
+        })
+    }
+
+    /// The HTTP status.
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+
+    /// Errors: the status is none of success.
+    pub fn is_success(&self) -> Result<(), UpstreamError> {
+        match self.status() {
+            200..=299 => Ok(()),
+            refused @ (401 | 403) => Err(UpstreamError::Authentication(refused)),
+            other => Err(UpstreamError::Status(other)),
         }
-        for data in events.push(&chunk) {
-            // Progress and log messages may come before the answer.
-            if let Some(answer) = answer_in(&data, id) {
-                return answer;
+    }
+
+    /// A response header of ASCII.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.response.headers().get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// The next message: the data of an event, or the whole body. Absent at the end.
+    ///
+    /// Errors: [`UpstreamError::TooLarge`], [`UpstreamError::Unreachable`] when the connection breaks,
+    /// [`UpstreamError::Garbage`] for a message that is too deep.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, UpstreamError> {
+        loop {
+            if let Some(message) = self.waiting.pop_front() {
+                if jsonrpc::is_deeper_than(&message, jsonrpc::DEPTH_MAX) {
+                    return Err(UpstreamError::Garbage("it is nested too deep"));
+                }
+                return Ok(Some(message));
+            }
+            let Some(events) = &mut self.events else { return Ok(None) };
+            let Some(chunk) = self.response.chunk().await.map_err(unreachable)? else {
+                let events = self.events.take().unwrap_or_default();
+                let last = if self.streamed { events.finish() } else { Some(std::mem::take(&mut self.body)) };
+                self.waiting.extend(last.filter(|last| !last.is_empty()));
+                continue;
+            };
+            self.bytes_read += chunk.len();
+            self.bytes_pending += chunk.len();
+            if self.bytes_pending > ANSWER_BYTES_MAX || self.bytes_read > STREAM_BYTES_MAX {
+                return Err(UpstreamError::TooLarge);
+            }
+            if !self.streamed {
+                self.body.extend_from_slice(&chunk);
+                continue;
+            }
+            let whole = events.push(&chunk);
+            if !whole.is_empty() {
+                self.bytes_pending = 0;
+                self.waiting.extend(whole.into_iter().filter(|data| !data.is_empty()));
             }
         }
     }
-    let last = if streamed { events.finish().unwrap_or_default() } else { body };
-    answer_in(&last, id).unwrap_or(Err(UpstreamError::Garbage("no answer to our request id")))
 }
 
 /// The answer to the request `id`, where `json` is one. Absent for any other message.
@@ -438,7 +608,11 @@ fn unreachable(error: reqwest::Error) -> UpstreamError {
         }
         cause = found.source();
     }
-    if error.is_timeout() { UpstreamError::Timeout } else { UpstreamError::Unreachable(error.without_url()) }
+    if error.is_timeout() {
+        UpstreamError::Timeout
+    } else {
+        UpstreamError::Unreachable(Arc::new(error.without_url()))
+    }
 }
 
 /// Every address of a name is one that may not be connected to.
@@ -464,22 +638,23 @@ impl Resolve for GuardedResolver {
     }
 }
 
+fn builder(reach: Reach) -> reqwest::ClientBuilder {
+    Client::builder()
+        .user_agent(concat!("mastio/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .referer(false)
+        .no_proxy()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .pool_max_idle_per_host(CALLS_PER_HOST_MAX)
+        .dns_resolver(GuardedResolver(reach))
+}
+
 fn client(reach: Reach) -> Result<Client, GatewayError> {
     // reqwest takes the process's provider; ours is the only one in the tree, so whoever was first is fine.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let builder = || {
-        Client::builder()
-            .user_agent(concat!("mastio/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false)
-            .no_proxy()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(CALLS_PER_HOST_MAX)
-            .dns_resolver(GuardedResolver(reach))
-    };
     // TLS trusts what the machine trusts, an operator's own CA included (SSL_CERT_FILE).
-    builder().build().or_else(|error| {
+    builder(reach).build().or_else(|error| {
         tracing::warn!(
             error = &error as &dyn Error,
             "upstream_trust_store_missing: https upstream servers are refused; install CA certificates"
@@ -489,6 +664,6 @@ fn client(reach: Reach) -> Result<Client, GatewayError> {
             .with_safe_default_protocol_versions()?
             .with_root_certificates(rustls::RootCertStore::empty())
             .with_no_client_auth();
-        Ok(builder().tls_backend_preconfigured(trusting_nobody).build()?)
+        Ok(builder(reach).tls_backend_preconfigured(trusting_nobody).build()?)
     })
 }

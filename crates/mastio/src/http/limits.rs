@@ -52,14 +52,22 @@ impl RateLimit {
     /// Takes one request from the allowance of `caller`. False: there is none left.
     #[must_use]
     pub fn admit(&self, caller: &str, now: UnixMicros) -> bool {
-        if self.cost_us == 0 {
-            return true;
-        }
+        self.cost_us == 0 || self.take(caller, self.cost_us, now)
+    }
+
+    /// Takes one request from an allowance of `requests` a minute, whatever the common one is. For limits that differ
+    /// from caller to caller.
+    #[must_use]
+    pub fn admit_at(&self, caller: &str, requests: u32, now: UnixMicros) -> bool {
+        requests == 0 || self.take(caller, (MINUTE_US / i64::from(requests)).max(1), now)
+    }
+
+    fn take(&self, caller: &str, cost_us: i64, now: UnixMicros) -> bool {
         let mut used = self.used_until_us.lock().unwrap_or_else(PoisonError::into_inner);
         if used.len() >= CALLERS_MAX && !used.contains_key(caller) {
             used.retain(|_, until| *until > now.0);
         }
-        let until = used.get(caller).copied().unwrap_or(0).max(now.0) + self.cost_us;
+        let until = used.get(caller).copied().unwrap_or(0).max(now.0) + cost_us;
         if until - now.0 > self.ahead_us_max {
             return false;
         }

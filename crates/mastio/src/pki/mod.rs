@@ -180,7 +180,7 @@ pub struct Pki {
     pub entropy: Arc<Entropy>,
     /// The SPIFFE trust domain of agents.
     pub trust_domain: String,
-    sealing: SealingKey,
+    sealing: Arc<SealingKey>,
     gate: Gate,
     authority: ArcSwap<Authority>,
     refreshing: Mutex<()>,
@@ -205,7 +205,7 @@ impl Pki {
             clock,
             entropy,
             trust_domain,
-            sealing,
+            sealing: Arc::new(sealing),
             epoch: watch::Sender::new(halt.epoch),
             gate: Gate::new(halt),
             authority: ArcSwap::from_pointee(authority),
@@ -229,6 +229,12 @@ impl Pki {
     #[must_use]
     pub fn sealing(&self) -> &SealingKey {
         &self.sealing
+    }
+
+    /// The same, for a capability that seals what is its own.
+    #[must_use]
+    pub fn shared_sealing(&self) -> Arc<SealingKey> {
+        Arc::clone(&self.sealing)
     }
 
     /// The right to sign one thing, with the image to sign from, both of one epoch.

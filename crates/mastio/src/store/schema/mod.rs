@@ -13,6 +13,7 @@ mod s0006_enrollment_requests;
 mod s0007_resource_servers;
 mod s0008_operators;
 mod s0009_proposals;
+mod s0010_mcp_upstreams;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -45,6 +46,7 @@ pub const STEPS: &[Step] = &[
     s0007_resource_servers::STEP,
     s0008_operators::STEP,
     s0009_proposals::STEP,
+    s0010_mcp_upstreams::STEP,
     // The next step goes here.
 ];
 
