@@ -44,6 +44,18 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/v1/admin/mcp-resources/bindings", Api(Viewer)),
     ("POST", "/v1/admin/mcp-resources/bindings", Api(Operator)),
     ("DELETE", "/v1/admin/mcp-resources/bindings/{binding_id}", Api(Operator)),
+    // MCP servers and their tools.
+    ("GET", "/v1/admin/mcp-upstreams", Api(Viewer)),
+    ("POST", "/v1/admin/mcp-upstreams", Api(Operator)),
+    ("GET", "/v1/admin/mcp-upstreams/{upstream}", Api(Viewer)),
+    ("PUT", "/v1/admin/mcp-upstreams/{upstream}", Api(Operator)),
+    ("DELETE", "/v1/admin/mcp-upstreams/{upstream}", Api(Operator)),
+    ("POST", "/v1/admin/mcp-upstreams/{upstream}/refresh", Api(Operator)),
+    ("GET", "/v1/admin/mcp-tools", Api(Viewer)),
+    ("GET", "/v1/admin/mcp-tools/{tool}", Api(Viewer)),
+    ("PATCH", "/v1/admin/mcp-tools/{tool}", Api(Operator)),
+    ("POST", "/v1/admin/mcp-tools/{tool}/approve", Api(Operator)),
+    ("POST", "/v1/admin/mcp-tools/{tool}/block", Api(Operator)),
     // Who may ask about access tokens: a secret for each.
     ("GET", "/v1/admin/resource-servers", Api(Viewer)),
     ("POST", "/v1/admin/resource-servers", Api(Operator)),
