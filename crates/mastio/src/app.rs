@@ -323,6 +323,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         refusals: refusals.clone(),
     };
     let operators = Arc::new(Operators::new(pki.store.clone(), Arc::clone(&pki.entropy), secret.clone()));
+    let setup_token = operators.offer_setup().await?;
     let dashboard = Arc::new(Dashboard::new(
         health.clone(),
         Arc::clone(&agents),
@@ -364,6 +365,9 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
+    if let Some(token) = setup_token {
+        crate::logging::setup_open(&url, &token);
+    }
     Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, deploy })
 }
 

@@ -41,6 +41,12 @@ pub fn listening(address: SocketAddr, url: &str) {
     tracing::info!(address = %address, url, "listening");
 }
 
+/// A new organisation waits for its first operator. The one secret that the log shows, for whoever can read it is whom
+/// the set-up is for; it is good once, and until the next start.
+pub fn setup_open(url: &str, token: &str) {
+    tracing::info!(url = format!("{url}/proxy/setup"), token, "setup_open");
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -403,3 +403,93 @@ fn a_proposal_is_void_when_the_state_has_moved_or_its_time_is_over() {
     post(&deploy, &approve, &bob, &json!({})).expect(200);
     post(&deploy, &path("apply"), &bob, &json!({ "confirm": true })).expect(200);
 }
+
+// ---------------------------------------------------------------- the set-up of a new organisation
+
+/// The token that the newest start has printed.
+fn setup_token(deploy: &Deploy) -> String {
+    let line = deploy.wait_for_log("the set-up", |line| line["message"] == "setup_open");
+    assert!(line["url"].as_str().unwrap().ends_with("/proxy/setup"), "{line}");
+    line["token"].as_str().unwrap().to_owned()
+}
+
+fn set_up(deploy: &Deploy, token: &str, organisation: &str, name: &str) -> Answer {
+    let fields = [("token", token), ("organisation", organisation), ("name", name)];
+    let fields = fields.map(|(field, value)| format!("{field}={value}"));
+    let arguments: Vec<&str> = fields.iter().flat_map(|field| ["--data-urlencode", field.as_str()]).collect();
+    deploy.curl("/proxy/setup", &arguments)
+}
+
+#[test]
+fn a_new_organisation_is_set_up_once_by_whoever_reads_its_log() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let first = setup_token(&deploy);
+    assert!(deploy.get("/proxy/login").body.contains("href=\"/proxy/setup\""));
+    let page = deploy.get("/proxy/setup");
+    assert_eq!(page.status, 200, "{}", page.body);
+    let created = deploy.admin_get("/v1/admin/audit?event_type=deploy.created").expect(200);
+    let fingerprint = created[0]["details"]["org_ca_fingerprint"].as_str().unwrap();
+    assert!(page.body.contains(fingerprint), "{}", page.body);
+
+    // Another start makes another token; what the database holds is none.
+    deploy.restart();
+    let token = setup_token(&deploy);
+    assert_ne!(token, first);
+    assert_ne!(deploy.sql("SELECT value FROM deploy_state WHERE key = 'setup'"), token);
+    for wrong in [first.as_str(), "", "x"] {
+        assert_eq!(set_up(&deploy, wrong, "Acme", "alice").status, 403, "{wrong}");
+    }
+    for (organisation, name) in [("", "alice"), ("Acme", "Alice"), ("Acme", "admin"), ("Acme", "setup")] {
+        let refused = set_up(&deploy, &token, organisation, name);
+        assert_eq!(refused.status, 400, "{organisation} {name}: {}", refused.body);
+    }
+    assert_eq!(deploy.sql("SELECT COUNT(*) FROM operators"), "0");
+
+    let done = set_up(&deploy, &token, "Acme <b>Tools</b>", "alice");
+    assert_eq!(done.status, 200, "{}", done.body);
+    assert!(done.body.contains(fingerprint) && !done.body.contains("<b>"), "{}", done.body);
+    let (_, rest) = done.body.split_once("data-copy=\"").unwrap();
+    let credential = format!("X-Admin-Secret: alice:{}", rest.split('"').next().unwrap());
+    assert_eq!(deploy.curl("/v1/admin/operators", &["-H", &credential]).status, 200);
+    let event = &deploy.admin_get("/v1/admin/audit?event_type=deploy.set_up").expect(200)[0];
+    assert_eq!(
+        (&event["actor"], &event["details"]["organisation"]),
+        (&json!("alice"), &json!("Acme <b>Tools</b>"))
+    );
+
+    // Once, also after a start.
+    assert_eq!(set_up(&deploy, &token, "Acme", "mallory").status, 404);
+    assert_eq!(deploy.get("/proxy/setup").status, 404);
+    deploy.restart();
+    assert_eq!(deploy.get("/proxy/setup").status, 404);
+    assert!(!deploy.get("/proxy/login").body.contains("/proxy/setup"));
+    assert!(deploy.get("/proxy/login").body.contains("Acme &#60;b&#62;Tools"));
+    deploy.mastio_ok(&["audit", "verify"]);
+}
+
+#[test]
+fn of_two_who_have_the_token_one_sets_up() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let token = setup_token(&deploy);
+    let statuses: Vec<u16> = std::thread::scope(|scope| {
+        let tries: Vec<_> = (0..4)
+            .map(|number| {
+                let (deploy, token) = (&deploy, &token);
+                scope.spawn(move || set_up(deploy, token, "Acme", &format!("operator-{number}")).status)
+            })
+            .collect();
+        tries.into_iter().map(|handle| handle.join().unwrap()).collect()
+    });
+    assert_eq!(statuses.iter().filter(|status| **status == 200).count(), 1, "{statuses:?}");
+    assert_eq!(deploy.sql("SELECT COUNT(*) FROM operators"), "1");
+}
+
+#[test]
+fn an_adopted_deploy_has_nothing_to_set_up() {
+    let Some(mut deploy) = Deploy::legacy("py_connector5_pending") else { return };
+    deploy.start();
+    assert_eq!(deploy.get("/proxy/setup").status, 404);
+    assert!(!deploy.log_text().contains("setup_open"));
+}

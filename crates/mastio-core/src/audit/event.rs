@@ -89,6 +89,8 @@ event_types! {
     DeployAdopted = "deploy.adopted",
     /// A new deployment was set up.
     DeployCreated = "deploy.created",
+    /// A new deployment got its name and its first operator.
+    DeploySetUp = "deploy.set_up",
     /// A deployment was copied to another database.
     DeployCopied = "deploy.copied",
     /// Somebody asked for an agent's identity, with a key of their own.

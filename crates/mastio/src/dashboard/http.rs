@@ -42,6 +42,7 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy", get(show_overview))
         .route("/proxy/login", get(show_login).post(sign_in))
         .route("/proxy/logout", post(sign_out))
+        .route("/proxy/setup", get(show_setup).post(set_up))
         .route("/proxy/updates", get(show_updates))
         .route("/proxy/updates/{migration_id}", get(show_update))
         .route("/proxy/updates/{migration_id}/run", get(show_run))
@@ -330,6 +331,44 @@ async fn sign_in(
     // Lax: a link in an alert opens the page; what changes anything is a POST, and needs the token besides.
     let set = format!("{COOKIE}={token}; Path=/; Secure; HttpOnly; SameSite=Lax");
     Ok((AppendCookie(set), see_other(own_page(&login.next))).into_response())
+}
+
+async fn show_setup(State(dashboard): State<Arc<Dashboard>>) -> Shown {
+    html(&dashboard.setup_page(None).await?)
+}
+
+#[derive(Deserialize)]
+struct SetUp {
+    token: String,
+    organisation: String,
+    name: String,
+}
+
+/// The token is what a form of ours carries otherwise: nobody else's page knows it.
+async fn set_up(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    form: Result<Form<SetUp>, axum::extract::rejection::FormRejection>,
+) -> Shown {
+    let Form(form) = form.map_err(|_| DashboardError::Malformed)?;
+    let (organisation, name) = (form.organisation.trim(), form.name.trim());
+    let (address, now) = (context.peer.ip(), context.now.seconds());
+    let done = dashboard.operators.set_up(form.token.trim(), organisation, name, address, now).await;
+    match done {
+        Ok(issued) => html(&dashboard.set_up_page(organisation, issued).await?),
+        // Where there is nothing to set up, the page says that instead of the reason.
+        Err(
+            error @ (OperatorError::SetupToken
+            | OperatorError::Organisation
+            | OperatorError::Name(_)
+            | OperatorError::Exists(_)),
+        ) => {
+            let status = ApiError::new(error.kind(), "").into_response().status();
+            let page = dashboard.setup_page(Some(error.to_string())).await?;
+            Ok((status, html(&page)?).into_response())
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 async fn sign_out(State(dashboard): State<Arc<Dashboard>>, headers: HeaderMap, sent: Sent) -> Shown {

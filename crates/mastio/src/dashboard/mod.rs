@@ -16,6 +16,7 @@ mod follow;
 pub mod http;
 mod overview;
 mod session;
+mod setup;
 mod store;
 mod trust;
 mod updates;
@@ -50,7 +51,8 @@ pub struct Frame {
     section: &'static str,
     csrf_token: String,
     signed_in: bool,
-    org_id: String,
+    /// Its name, or else its id.
+    organisation: String,
     version: String,
     halt: Option<HaltBanner>,
     /// Without scripts, a page that shows something moving is fetched again by itself.
@@ -107,7 +109,10 @@ impl Dashboard {
             section,
             csrf_token: session.map(|session| session.csrf_token.clone()).unwrap_or_default(),
             signed_in: session.is_some(),
-            org_id: self.pki().authority().org_id.clone(),
+            organisation: match self.operators.organisation_name().await? {
+                Some(name) => name,
+                None => self.pki().authority().org_id.clone(),
+            },
             version: self.health.version.clone(),
             halt,
             moving: false,

@@ -67,6 +67,8 @@ pub(super) struct LoginPage {
     frame: Frame,
     next: String,
     problem: Option<String>,
+    /// Whether the organisation waits to be set up.
+    setup: bool,
 }
 
 /// What is shown instead of a page that cannot be shown.
@@ -125,7 +127,8 @@ impl Dashboard {
         next: String,
         problem: Option<String>,
     ) -> Result<LoginPage, DashboardError> {
-        Ok(LoginPage { frame: self.frame(None, "", "Sign in").await?, next, problem })
+        let setup = self.operators.is_setup_open().await?;
+        Ok(LoginPage { frame: self.frame(None, "", "Sign in").await?, next, problem, setup })
     }
 
     pub(super) async fn error_page(

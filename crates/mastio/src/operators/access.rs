@@ -10,7 +10,7 @@ use crate::http::authn::Role;
 /// Who may call a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Anyone: the sign-in, and what its page is drawn with.
+    /// Anyone: the sign-in, the set-up by its token, and what their pages are drawn with.
     Anyone,
     /// A page for people: a session whose operator has at least this role; without one it leads to the sign-in.
     Page(Role),
@@ -87,6 +87,8 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/proxy", Page(Viewer)),
     ("GET", "/proxy/login", Anyone),
     ("POST", "/proxy/login", Anyone),
+    ("GET", "/proxy/setup", Anyone),
+    ("POST", "/proxy/setup", Anyone),
     ("POST", "/proxy/logout", Page(Viewer)),
     ("GET", "/proxy/updates", Page(Viewer)),
     ("GET", "/proxy/updates/{migration_id}", Page(Viewer)),
@@ -153,7 +155,7 @@ mod tests {
 
     #[test]
     fn whatever_changes_something_asks_for_more_than_a_viewer() {
-        let reads = ["/proxy/login", "/proxy/logout", "/proxy/audit"];
+        let reads = ["/proxy/login", "/proxy/logout", "/proxy/setup", "/proxy/audit"];
         for (method, path, access) in TABLE {
             if *method != "GET" && !reads.contains(path) {
                 assert!(matches!(access, Page(role) | Api(role) if *role > Viewer), "{method} {path}");

@@ -29,6 +29,12 @@ pub enum OperatorError {
         /// How long to wait.
         seconds: i64,
     },
+    /// The token is not the one in the log, or there is nothing to set up.
+    #[error("this is not the token of the set-up: it is in the log line setup_open of the newest start")]
+    SetupToken,
+    /// The organisation cannot be called so.
+    #[error("an organisation's name has 1 to 100 characters")]
+    Organisation,
     /// The session's token does not stand beside the cookie.
     #[error("missing or wrong X-CSRF-Token header")]
     ForeignRequest,
@@ -80,9 +86,13 @@ impl Problem for OperatorError {
     fn kind(&self) -> Kind {
         match self {
             Self::Missing | Self::Repeated => Kind::Unauthenticated,
-            Self::Wrong { .. } | Self::ForeignRequest | Self::Role { .. } | Self::Unlisted => Kind::Denied,
+            Self::Wrong { .. }
+            | Self::SetupToken
+            | Self::ForeignRequest
+            | Self::Role { .. }
+            | Self::Unlisted => Kind::Denied,
             Self::TooManyTries { .. } => Kind::Limited,
-            Self::Name(_) | Self::UnknownRole(_) => Kind::Invalid,
+            Self::Name(_) | Self::Organisation | Self::UnknownRole(_) => Kind::Invalid,
             Self::Exists(_) | Self::Deactivated(_) | Self::Shared => Kind::Conflict,
             Self::Unknown(_) => Kind::NotFound,
             Self::Busy => Kind::Unavailable,

@@ -15,6 +15,7 @@ mod backoff;
 mod credential;
 pub mod error;
 pub mod http;
+mod setup;
 mod store;
 
 use std::net::IpAddr;
@@ -39,7 +40,7 @@ pub use error::OperatorError;
 /// Characters of an operator's name at most.
 const NAME_CHARACTERS_MAX: usize = 64;
 /// Names that the audit log uses for those who are no operators.
-const RESERVED_NAMES: [&str; 5] = ["admin", "system", "command-line", "predecessor", "unknown"];
+const RESERVED_NAMES: [&str; 6] = ["admin", "system", "command-line", "predecessor", "setup", "unknown"];
 /// Random bytes of an operator's secret: as many bits as a SHA-256 digest has.
 const SECRET_BYTES: usize = 32;
 /// How long a secret that was right is not hashed again.

@@ -86,3 +86,34 @@ pub(super) async fn touch(tx: &mut WriteTx, name: &str, now: &str) -> Result<(),
 pub(super) async fn end_sessions(tx: &mut WriteTx, name: &str) -> Result<(), StoreError> {
     tx.execute("DELETE FROM dashboard_sessions WHERE actor = $1", values![name]).await.map(drop)
 }
+
+/// The digest of the token that a set-up asks for. `None`: there is nothing to set up.
+pub(super) async fn setup(tx: &mut impl Query) -> Result<Option<String>, StoreError> {
+    state(tx, "setup").await
+}
+
+/// What the organisation is called.
+pub(super) async fn organisation_name(tx: &mut impl Query) -> Result<Option<String>, StoreError> {
+    state(tx, "organisation_name").await
+}
+
+async fn state(tx: &mut impl Query, key: &str) -> Result<Option<String>, StoreError> {
+    let row = tx.row("SELECT value FROM deploy_state WHERE key = $1", values![key]).await?;
+    row.map(|row| row.text(0)).transpose()
+}
+
+/// Takes another token for the set-up.
+pub(super) async fn offer_setup(tx: &mut WriteTx, digest: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE deploy_state SET value = $1 WHERE key = 'setup'", values![digest]).await.map(drop)
+}
+
+/// Ends the set-up.
+pub(super) async fn end_setup(tx: &mut WriteTx, organisation: &str) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM deploy_state WHERE key = 'setup'", &[]).await?;
+    tx.execute(
+        "INSERT INTO deploy_state (key, value) VALUES ('organisation_name', $1)",
+        values![organisation],
+    )
+    .await
+    .map(drop)
+}

@@ -58,6 +58,7 @@ pub async fn create_organisation(
     rows::set_config(&mut tx, config_key::ORG_ID, &org_id).await?;
     let keys = Some((config_key::ORG_CA_KEY, &new));
     rows::set_ca(&mut tx, sealing, config_key::ORG_CA_CERT, &certificate, keys).await?;
+    rows::wait_for_setup(&mut tx).await?;
     tx.commit(&[Event {
         event_type: EventType::DeployCreated,
         actor: "system".to_owned(),

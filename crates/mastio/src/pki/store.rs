@@ -52,6 +52,12 @@ pub async fn config(tx: &mut impl Query, key: &str) -> Result<Option<String>, Pk
     Ok(row.map(|row| row.text(0)).transpose()?)
 }
 
+/// Notes that a new organisation waits for its first operator (`operators/setup.rs`). No token fits yet.
+pub async fn wait_for_setup(tx: &mut WriteTx) -> Result<(), PkiError> {
+    tx.execute("INSERT INTO deploy_state (key, value) VALUES ('setup', '')", &[]).await?;
+    Ok(())
+}
+
 /// Writes a value of `proxy_config`.
 pub async fn set_config(tx: &mut WriteTx, key: &str, value: &str) -> Result<(), PkiError> {
     tx.execute(
