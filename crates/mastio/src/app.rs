@@ -328,6 +328,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         health.clone(),
         Arc::clone(&agents),
         Arc::clone(&operators),
+        Arc::clone(&gateway),
         secret,
         settings,
     ));

@@ -4,6 +4,7 @@ use axum::http::{HeaderName, HeaderValue};
 use mastio_core::error::Kind;
 
 use crate::enrollment::EnrollmentError;
+use crate::gateway::GatewayError;
 use crate::http::error::Problem;
 use crate::operators::OperatorError;
 use crate::store::StoreError;
@@ -50,6 +51,9 @@ pub enum DashboardError {
     /// Agents.
     #[error(transparent)]
     Enrollment(#[from] EnrollmentError),
+    /// The gateway.
+    #[error(transparent)]
+    Gateway(#[from] GatewayError),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -67,6 +71,7 @@ impl Problem for DashboardError {
             Self::Render(_) => Kind::Internal,
             Self::Update(error) => error.kind(),
             Self::Enrollment(error) => error.kind(),
+            Self::Gateway(error) => error.kind(),
             Self::Store(error) => error.kind(),
         }
     }
@@ -80,6 +85,11 @@ impl Problem for DashboardError {
                 serde_json::Value::String(error.to_string())
             }
             Self::Enrollment(error) => error.detail(),
+            Self::Gateway(GatewayError::Fields(problems)) => {
+                let words = problems.iter().map(|problem| format!("{} {}", problem.field, problem.message));
+                serde_json::Value::String(words.collect::<Vec<_>>().join("; "))
+            }
+            Self::Gateway(error) => error.detail(),
             Self::Store(error) => error.detail(),
             other => serde_json::Value::String(other.to_string()),
         }

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use super::enrollments::EnrollmentsQuery;
 use super::error::DashboardError;
 use super::trust::AuditQuery;
-use super::{Dashboard, assets, session, urlencoded};
+use super::{Dashboard, assets, session, tools, urlencoded};
 use crate::http::authn::{AdminCaller, Session};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _};
@@ -59,6 +59,16 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/enrollments/{session_id}", get(show_enrollment))
         .route("/proxy/enrollments/{session_id}/approve", post(approve_enrollment))
         .route("/proxy/enrollments/{session_id}/reject", post(reject_enrollment))
+        .route("/proxy/tools", get(show_tools))
+        .route("/proxy/tools/servers", post(register_server))
+        .route("/proxy/tools/servers/{upstream_id}/look", post(look_at_server))
+        .route("/proxy/tools/servers/{upstream_id}/delete", post(delete_server))
+        .route("/proxy/tools/{tool_id}", get(show_tool))
+        .route("/proxy/tools/{tool_id}/approve", post(approve_tool))
+        .route("/proxy/tools/{tool_id}/block", post(block_tool))
+        .route("/proxy/tools/{tool_id}/limits", post(limit_tool))
+        .route("/proxy/tools/{tool_id}/bind", post(bind_agent))
+        .route("/proxy/tools/{tool_id}/unbind", post(unbind_agent))
         .route("/proxy/pki", get(show_pki))
         .route("/proxy/mastio-key", get(show_keys))
         .route("/proxy/settings", get(show_settings))
@@ -576,6 +586,122 @@ async fn reject_enrollment(
 ) -> Shown {
     dashboard.agents.reject(&session_id, sent.field("reason"), &sent.session.actor).await?;
     Ok(see_other("/proxy/enrollments"))
+}
+
+async fn show_tools(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.tools_page(&session).await?)
+}
+
+async fn register_server(State(dashboard): State<Arc<Dashboard>>, context: Context, sent: Sent) -> Shown {
+    let field = |name| sent.field(name);
+    let new = tools::new_server(
+        field("name"),
+        field("endpoint_url"),
+        field("secret"),
+        field("required_capability"),
+    );
+    dashboard.gateway.register_server(&sent.session.actor, context.now.seconds(), new).await?;
+    Ok(see_other("/proxy/tools"))
+}
+
+async fn look_at_server(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(upstream_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    // What a look finds, and why it fails, stands in the server's row, which the page shows.
+    if let Err(error) = dashboard.gateway.look(&sent.session.actor, context.now.seconds(), &upstream_id).await
+        && error.kind() != Kind::Unavailable
+    {
+        return Err(error.into());
+    }
+    Ok(see_other("/proxy/tools"))
+}
+
+/// There is no way back: the form has to say whose name it is.
+async fn delete_server(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(upstream_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let server = dashboard.gateway.server(&upstream_id).await?;
+    if sent.field("confirm") != server.name {
+        return Err(DashboardError::OtherName(server.name).into());
+    }
+    dashboard.gateway.delete_server(&sent.session.actor, &upstream_id).await?;
+    Ok(see_other("/proxy/tools"))
+}
+
+fn tool_path(tool_id: &str) -> String {
+    format!("/proxy/tools/{}", urlencoded(tool_id))
+}
+
+async fn show_tool(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(tool_id): Path<String>,
+) -> Shown {
+    html(&dashboard.tool_page(&session, &tool_id).await?)
+}
+
+/// Approves what the page has shown, by its digest: what the server says since then is not approved with it.
+async fn approve_tool(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(tool_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let (digest, imitates) = (sent.field("digest"), sent.field("accept_imitation") == "yes");
+    let (gateway, actor) = (&dashboard.gateway, &sent.session.actor);
+    gateway.approve_tool(actor, context.now.seconds(), &tool_id, digest, imitates).await?;
+    Ok(see_other(&tool_path(&tool_id)))
+}
+
+async fn block_tool(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(tool_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    dashboard.gateway.block_tool(&sent.session.actor, &tool_id).await?;
+    Ok(see_other(&tool_path(&tool_id)))
+}
+
+async fn limit_tool(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(tool_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let given = |name| Some(sent.field(name)).filter(|value| !value.is_empty());
+    let calls = given("calls_per_minute").map(str::parse).transpose();
+    let calls = calls.map_err(|_| DashboardError::Malformed)?;
+    let capability = given("required_capability").map(str::to_owned);
+    dashboard.gateway.limit_tool(&sent.session.actor, &tool_id, capability, calls).await?;
+    Ok(see_other(&tool_path(&tool_id)))
+}
+
+async fn bind_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(tool_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let agent_id = dashboard.agents.canonical(sent.field("agent_id"));
+    let agent = dashboard.agents.show(&agent_id).await?;
+    let (gateway, actor) = (&dashboard.gateway, &sent.session.actor);
+    gateway.bind(actor, context.now.seconds(), &agent_id, &agent.principal_type, &tool_id).await?;
+    Ok(see_other(&tool_path(&tool_id)))
+}
+
+async fn unbind_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(tool_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let (gateway, actor) = (&dashboard.gateway, &sent.session.actor);
+    gateway.revoke_binding(actor, context.now.seconds(), sent.field("binding_id")).await?;
+    Ok(see_other(&tool_path(&tool_id)))
 }
 
 async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {

@@ -18,6 +18,7 @@ mod overview;
 mod session;
 mod setup;
 mod store;
+mod tools;
 mod trust;
 mod updates;
 
@@ -27,6 +28,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::InForce;
 use crate::enrollment::Agents;
+use crate::gateway::Gateway;
 use crate::health::Health;
 use crate::http::authn::{AdminSecret, Session};
 use crate::operators::Operators;
@@ -39,6 +41,7 @@ pub struct Dashboard {
     health: Health,
     agents: Arc<Agents>,
     operators: Arc<Operators>,
+    gateway: Arc<Gateway>,
     secret: AdminSecret,
     settings: Vec<InForce>,
     followers: Arc<Semaphore>,
@@ -75,6 +78,7 @@ impl Dashboard {
         health: Health,
         agents: Arc<Agents>,
         operators: Arc<Operators>,
+        gateway: Arc<Gateway>,
         secret: AdminSecret,
         settings: Vec<InForce>,
     ) -> Self {
@@ -82,6 +86,7 @@ impl Dashboard {
             health,
             agents,
             operators,
+            gateway,
             secret,
             settings,
             followers: Arc::new(Semaphore::new(follow::FOLLOWERS_MAX)),

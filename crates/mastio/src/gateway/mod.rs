@@ -24,8 +24,8 @@
 
 mod address;
 mod authn;
-mod credential;
-mod definition;
+pub mod credential;
+pub mod definition;
 mod error;
 mod http;
 mod jsonrpc;
@@ -34,7 +34,7 @@ mod protocol;
 mod serve;
 #[cfg(test)]
 mod server_tests;
-mod servers;
+pub mod servers;
 mod session;
 mod sse;
 mod store;

@@ -105,6 +105,25 @@ pub struct NewServer {
     pub enabled: bool,
 }
 
+impl NewServer {
+    /// A server with a name and an endpoint, and otherwise as an operator who says nothing else gets it.
+    #[must_use]
+    pub fn named(name: &str, endpoint_url: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            endpoint_url: endpoint_url.to_owned(),
+            description: None,
+            auth: None,
+            allowed_domains: Vec::new(),
+            required_capability: None,
+            ca_pem: None,
+            timeout_ms: TIMEOUT_MS_DEFAULT,
+            calls_max: CALLS_MAX_DEFAULT,
+            enabled: true,
+        }
+    }
+}
+
 fn timeout_ms_default() -> i64 {
     TIMEOUT_MS_DEFAULT
 }
