@@ -14,11 +14,14 @@ it lives through as an agent does.
     {"cmd":"call","tool":NAME,"arguments":{}}
     {"cmd":"public-key","agent_id":ID}
     {"cmd":"peers"}
+    {"cmd":"models"}
     {"cmd":"enroll","mastio_url":URL,"ca":PEM,"save_to":DIR,"requester_name":…,"requester_email":…}
         starts a dashboard approval and answers {"session_id":…} at once
     {"cmd":"enroll-wait"}            waits for the decision; then the new client is in use
     {"cmd":"enroll-byoca","mastio_url":URL,"ca":PEM,"admin_secret":…,"agent_name":…,
      "cert_pem":…,"private_key_pem":…,"persist_to":DIR}
+    {"cmd":"enroll-spiffe",… "svid_pem":…,"svid_key_pem":…,"trust_bundle_pem":…,"persist_to":DIR}
+    {"cmd":"login-proxy"}            a login with the key that the server holds
     {"cmd":"state"}                  which SDK, which Python, the agent id, is there a token
     {"cmd":"quit"}
 
@@ -96,6 +99,10 @@ class Story:
     def peers(self, request):
         return self.client.list_peers(**request.get("arguments", {}))
 
+    def models(self, _request):
+        found = self.client.list_models()
+        return found["data"] if isinstance(found, dict) else list(found)
+
     def enroll(self, request):
         started, finished = queue.Queue(), queue.Queue()
         options = {key: value for key, value in request.items() if key not in ("cmd", "mastio_url", "ca")}
@@ -140,6 +147,17 @@ class Story:
         )
         return self.state(request)
 
+    def enroll_spiffe(self, request):
+        options = {key: value for key, value in request.items() if key not in ("cmd", "mastio_url", "ca")}
+        self.client = CullisClient.enroll_via_spiffe(
+            request["mastio_url"], ca_chain_path=request.get("ca"), **options
+        )
+        return self.state(request)
+
+    def login_proxy(self, _request):
+        self.client.login_via_proxy()
+        return {"token": bool(self.client.token)}
+
     def state(self, _request):
         return {
             "sdk": importlib.metadata.version("cullis-sdk"),
@@ -158,9 +176,12 @@ COMMANDS = {
     "call": Story.call,
     "public-key": Story.public_key,
     "peers": Story.peers,
+    "models": Story.models,
     "enroll": Story.enroll,
     "enroll-wait": Story.enroll_wait,
     "enroll-byoca": Story.enroll_byoca,
+    "enroll-spiffe": Story.enroll_spiffe,
+    "login-proxy": Story.login_proxy,
     "state": Story.state,
 }
 

@@ -335,7 +335,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let router = Router::new()
         .merge(health::routes(health))
         .merge(pki::http::routes(Arc::clone(&pki)))
-        .merge(enrollment::http::routes(Arc::clone(&agents)))
+        .merge(enrollment::http::routes(Arc::clone(&agents), refusals.clone()))
         .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics), refusals.clone()))
         .merge(gateway::routes(Arc::clone(&gateway)))
         .merge(updates::http::routes(Arc::clone(&updates)))

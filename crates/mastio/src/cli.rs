@@ -234,6 +234,38 @@ enum PkiCommand {
         #[command(flatten)]
         target: Target,
     },
+    /// Revoke certificates of agents for good: they are refused everywhere when the command returns.
+    Revoke {
+        #[command(flatten)]
+        which: RevokeWhich,
+        /// keyCompromise, affiliationChanged, superseded, cessationOfOperation, privilegeWithdrawn or unspecified.
+        #[arg(long, value_name = "REASON", default_value = "unspecified")]
+        reason: String,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// List revoked certificates.
+    Revoked {
+        /// Begin after this fingerprint.
+        #[arg(long, value_name = "FINGERPRINT", default_value = "")]
+        after: String,
+        /// Certificates at most.
+        #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(i64).range(1..=10_000))]
+        limit: i64,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct RevokeWhich {
+    /// The certificate with this serial, hexadecimal.
+    #[arg(long, value_name = "HEX")]
+    serial: Option<String>,
+    /// Every certificate of this agent, as NAME or ORG::NAME.
+    #[arg(long, value_name = "AGENT")]
+    agent: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -389,6 +421,30 @@ async fn execute(command: Command) -> Result<(), Failure> {
         }
         Command::ResourceServers(command) => resource_servers::run(command).await,
         Command::Admin(command) => admin::execute(command).await,
+        Command::Pki(PkiCommand::Revoke { which, reason, target }) => {
+            let RevokeWhich { serial, agent } = which;
+            let done = match way(&target)? {
+                Way::Server(remote) => {
+                    let body = json!({ "serial_hex": serial, "agent_id": agent, "reason": reason });
+                    remote.post(&["v1", "admin", "certs", "revoke"], &body).await?
+                }
+                Way::InProcess(config) => {
+                    local::revoke(&config, serial.as_deref(), agent.as_deref(), &reason).await?
+                }
+            };
+            show(&target, &done, |done| table::revoked(&done["revoked"]))
+        }
+        Command::Pki(PkiCommand::Revoked { after, limit, target }) => {
+            let list = match way(&target)? {
+                Way::Server(remote) => {
+                    let limit = limit.to_string();
+                    let query = [("after", after.as_str()), ("limit", limit.as_str())];
+                    remote.get(&["v1", "admin", "certs", "revoked"], &query).await?
+                }
+                Way::InProcess(config) => local::list_revoked(&config, &after, limit).await?,
+            };
+            show(&target, &list, table::revoked)
+        }
         Command::Adopt { check: _, target } => match way(&target)? {
             Way::Server(_) => {
                 Err(Failure::Refused("a server runs on this database: it is adopted already".to_owned()))
@@ -965,6 +1021,9 @@ mod tests {
             "admin list",
             "admin deactivate alice",
             "admin reset-password alice",
+            "pki revoke --serial 0a:1b --reason keyCompromise",
+            "pki revoke --agent billing",
+            "pki revoked --limit 5",
             "adopt --check",
             "database copy --to postgres://cullis@db/cullis",
         ] {
@@ -986,6 +1045,8 @@ mod tests {
             "admin add alice --role emperor",
             "adopt",
             "agents add",
+            "pki revoke",
+            "pki revoke --serial 01 --agent billing",
             "agents list --limit 0",
             "enrollments approve abc",
             "enrollments reject abc",

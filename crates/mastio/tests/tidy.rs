@@ -176,8 +176,9 @@ fn commits_without_an_event_have_a_closed_list_of_callers() {
 }
 
 #[test]
-fn exempt_permits_are_made_for_two_purposes() {
+fn exempt_permits_are_made_for_three_purposes() {
     assert_only_in(SERVER, "ExemptPermit::for_run", &["updates/engine.rs", "updates/halt.rs"]);
+    assert_only_in(SERVER, "ExemptPermit::for_crl", &["pki/revocation/mod.rs", "updates/halt.rs"]);
     assert_only_in(SERVER, "ExemptPermit::for_own_tls", &["pki/tls.rs", "updates/halt.rs"]);
 }
 

@@ -113,6 +113,8 @@ event_types! {
     AgentDpopKeySet = "agent.dpop_key_set",
     /// An agent was enrolled with a certificate of its owner's.
     AgentByocaEnrolled = "agent.byoca_enrolled",
+    /// An agent was enrolled with an SVID.
+    AgentSpireEnrolled = "agent.spire_enrolled",
     /// A certificate was issued for an owner's CSR, for enrollment by its owner.
     AgentByocaCertificateIssued = "agent.byoca_certificate_issued",
     /// An upstream MCP server was registered.
@@ -151,6 +153,10 @@ event_types! {
     PkiDpopNonceKeyCreated = "pki.dpop_nonce_key_created",
     /// A certificate was issued.
     PkiCertificateIssued = "pki.certificate_issued",
+    /// A certificate was revoked.
+    PkiCertificateRevoked = "pki.certificate_revoked",
+    /// A revocation list was issued.
+    PkiCrlIssued = "pki.crl_issued",
     /// A certificate for our own TLS listener was issued.
     PkiTlsCertificateIssued = "pki.tls_certificate_issued",
     /// An operator signed in to the dashboard.

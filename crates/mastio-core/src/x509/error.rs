@@ -58,6 +58,12 @@ pub enum X509Error {
     /// Neither a SPIFFE URI nor the common name tells an agent.
     #[error("certificate names no agent")]
     NoIdentity,
+    /// A revocation list cannot be made.
+    #[error("revocation list is refused: {reason}")]
+    Crl {
+        /// Why it is refused.
+        reason: &'static str,
+    },
     /// The certificate to be signed breaks rules of its profile.
     #[error("certificate profile is not met: {}", Listed(findings))]
     Lint {

@@ -284,7 +284,7 @@ fn read_extended_key_usages(value: &[u8]) -> Result<Vec<ObjectIdentifier>, X509E
 }
 
 /// Writes an Extension; `value` is the DER of its own type.
-fn write(oid: &ObjectIdentifier, critical: bool, value: &[u8]) -> Vec<u8> {
+pub(super) fn write(oid: &ObjectIdentifier, critical: bool, value: &[u8]) -> Vec<u8> {
     let oid = tlv(OBJECT_IDENTIFIER, &[oid.as_bytes()]);
     let critical = if critical { tlv(BOOLEAN, &[&[0xff]]) } else { Vec::new() };
     tlv(SEQUENCE, &[&oid, &critical, &tlv(OCTET_STRING, &[value])])

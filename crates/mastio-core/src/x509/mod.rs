@@ -8,12 +8,14 @@
 //!    `LintedTbs` becomes a certificate, so nothing is signed unseen.
 //! 3. The caller signs. No private key is ever seen here.
 //! 4. [`Certificate`] is what was read: the DER, and facts parsed once.
-//! 5. [`path`] decides whether a leaf leads to an anchor; [`identity()`] tells which agent it names.
+//! 5. [`crl`] writes which certificates no longer count, for others to read.
+//! 6. [`path`] decides whether a leaf leads to an anchor; [`identity()`] tells which agent it names.
 //!
 //! *Invariant:* no I/O, no clock and no randomness. Callers hand in `now` and the serial's octets.
 //! *Invariant:* everything that parses is total: hostile bytes give an error, never a panic.
 
 pub mod certificate;
+pub mod crl;
 pub mod csr;
 pub mod error;
 pub mod extension;

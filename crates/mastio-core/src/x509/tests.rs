@@ -1053,3 +1053,86 @@ proptest! {
         exercise(&bytes);
     }
 }
+
+mod revocation_lists {
+    use x509_parser::revocation_list::CertificateRevocationList;
+
+    use super::super::crl::{RevocationReason, RevokedCertificate, crl, crl_pem, verify_crl};
+    use super::*;
+
+    fn revoked(serial: &[u8], reason: RevocationReason) -> RevokedCertificate {
+        RevokedCertificate { serial: serial.to_vec(), revoked_at: NOW, reason }
+    }
+
+    fn sign(pki: &Pki, number: i64, list: &[RevokedCertificate]) -> Result<Vec<u8>, X509Error> {
+        let tbs = crl(&pki.ca, number, NOW, NOW.plus(DAY), list, pki.ca_key.algorithm())?;
+        let signature = pki.ca_key.sign(tbs.to_be_signed());
+        tbs.into_crl(&pki.ca, &signature)
+    }
+
+    #[test]
+    fn a_list_is_read_back_by_another_parser_with_its_number_entries_and_reasons() {
+        let pki = Pki::new();
+        let list = [
+            revoked(&[0x81, 2], RevocationReason::KeyCompromise),
+            revoked(&[7], RevocationReason::Unspecified),
+            revoked(&[0xff; 20], RevocationReason::CertificateHold),
+        ];
+        let der = sign(&pki, 300, &list).unwrap();
+        verify_crl(&der, &pki.ca).unwrap();
+        assert!(verify_crl(&der, &pki.root).is_err());
+        let (rest, read) = CertificateRevocationList::from_der(&der).unwrap();
+        assert!(rest.is_empty());
+        assert_eq!(read.version().map(|version| version.0), Some(1));
+        assert_eq!(read.issuer().as_raw(), pki.ca.subject_der());
+        assert_eq!(read.last_update().timestamp(), NOW.0);
+        assert_eq!(read.next_update().map(|time| time.timestamp()), Some(NOW.0 + DAY));
+        assert_eq!(read.crl_number().map(ToString::to_string).as_deref(), Some("300"));
+        let entries: Vec<(String, Option<u8>)> = read
+            .iter_revoked_certificates()
+            .map(|entry| (entry.raw_serial_as_string(), entry.reason_code().map(|(_, reason)| reason.0)))
+            .collect();
+        assert_eq!(entries[0], ("07".to_owned(), None));
+        assert_eq!(entries[1], ("00:81:02".to_owned(), Some(1)));
+        assert_eq!(entries[2].1, Some(6));
+        assert!(crl_pem(&der).starts_with("-----BEGIN X509 CRL-----\n"));
+    }
+
+    #[test]
+    fn an_empty_list_has_no_entries_at_all() {
+        let pki = Pki::new();
+        let der = sign(&pki, 1, &[]).unwrap();
+        let (_, read) = CertificateRevocationList::from_der(&der).unwrap();
+        assert_eq!(read.iter_revoked_certificates().count(), 0);
+    }
+
+    #[test]
+    fn a_list_that_would_say_something_wrong_is_refused() {
+        let pki = Pki::new();
+        let twice =
+            [revoked(&[7], RevocationReason::Superseded), revoked(&[7], RevocationReason::Unspecified)];
+        for (what, number, list) in [
+            ("twice", 1, &twice[..]),
+            ("number", 0, &[]),
+            ("empty", 1, &[revoked(&[], RevocationReason::Unspecified)]),
+            ("zero", 1, &[revoked(&[0], RevocationReason::Unspecified)]),
+            ("long", 1, &[revoked(&[1; 21], RevocationReason::Unspecified)]),
+        ] {
+            assert!(matches!(sign(&pki, number, list), Err(X509Error::Crl { .. })), "{what}");
+        }
+        assert!(crl(&pki.ca, 1, NOW, NOW, &[], pki.ca_key.algorithm()).is_err());
+        // A leaf signs no list, and nobody signs for another.
+        assert!(crl(&pki.leaf, 1, NOW, NOW.plus(DAY), &[], pki.ca_key.algorithm()).is_err());
+        let tbs = crl(&pki.ca, 1, NOW, NOW.plus(DAY), &[], pki.ca_key.algorithm()).unwrap();
+        let signature = pki.root_key.sign(tbs.to_be_signed());
+        assert!(tbs.into_crl(&pki.ca, &signature).is_err());
+    }
+
+    #[test]
+    fn reasons_are_found_by_their_names() {
+        for reason in RevocationReason::ALL {
+            assert_eq!(RevocationReason::parse(reason.as_str()), Some(reason));
+        }
+        assert_eq!(RevocationReason::parse("removeFromCRL"), None);
+    }
+}

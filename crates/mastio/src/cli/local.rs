@@ -14,6 +14,7 @@ use crate::app::{self, Deploy};
 use crate::audit::{self, Filter};
 use crate::clock::SystemClock;
 use crate::config::Config;
+use crate::enrollment::revocation::{Which, revocation_reason};
 use crate::enrollment::{Agent, Agents, EnrollmentError};
 use crate::entropy::Entropy;
 use crate::http::authn::{AdminSecret, Role};
@@ -21,6 +22,7 @@ use crate::http::error::chain;
 use crate::http::limits::RateLimit;
 use crate::operators::Operators;
 use crate::pki::bootstrap;
+use crate::pki::revocation::Revocation;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
 use crate::tokens::resource_servers::{self, ResourceServer, created_json};
 use crate::updates::store::RunRow;
@@ -332,6 +334,30 @@ pub async fn renew_agent(config: &Config, agent_id: &str) -> Result<Value, Failu
     let actor = actor(config, &deploy).await?;
     let renewed = agents.renew(&agents.canonical(agent_id), None, None, &actor).await.map_err(refused)?;
     Ok(renewed.to_json())
+}
+
+/// The answer of `POST /v1/admin/certs/revoke`.
+pub async fn revoke(
+    config: &Config,
+    serial: Option<&str>,
+    agent_id: Option<&str>,
+    reason: &str,
+) -> Result<Value, Failure> {
+    let (_deploy, agents) = agents(config).await?;
+    let which = match (serial, agent_id) {
+        (Some(serial), _) => Which::Serial(serial.to_owned()),
+        (None, agent_id) => Which::Agent(agents.canonical(agent_id.unwrap_or_default())),
+    };
+    let reason = revocation_reason(Some(reason)).map_err(refused)?;
+    let revoked = agents.revoke(&which, reason, ACTOR).await.map_err(refused)?;
+    Ok(json!({ "revoked": revoked.iter().map(Revocation::to_json).collect::<Vec<_>>() }))
+}
+
+/// The rows of `GET /v1/admin/certs/revoked`.
+pub async fn list_revoked(config: &Config, after: &str, limit: i64) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let list = deploy.pki.revocations(after, limit).await.map_err(|error| Failure::of(&error))?;
+    Ok(list.iter().map(Revocation::to_json).collect())
 }
 
 /// The rows of `GET /v1/admin/enrollments`.

@@ -62,6 +62,21 @@ pub(super) fn agents(list: &Value) -> String {
     table.to_string()
 }
 
+/// The list of revoked certificates.
+pub(super) fn revoked(list: &Value) -> String {
+    if rows(list).next().is_none() {
+        return "no certificate is revoked".to_owned();
+    }
+    let mut table = table(&["agent", "serial", "since", "reason", "by", "would end"]);
+    for row in rows(list) {
+        table.add_row(
+            ["agent_id", "serial", "revoked_at", "reason", "revoked_by", "not_after"]
+                .map(|field| cell(&row[field])),
+        );
+    }
+    table.to_string()
+}
+
 /// The list of operators.
 pub(super) fn operators(list: &Value) -> String {
     let mut table = table(&["operator", "role", "last seen", "added", "by", "deactivated"]);

@@ -34,12 +34,21 @@ pub enum IdentityError {
     /// The certificate is not registered for the agent.
     #[error("the client certificate is not the one registered for this agent")]
     PinMismatch,
+    /// It was revoked.
+    #[error("the client certificate was revoked: enroll again with another key")]
+    Revoked,
+    /// The token is older than a revocation, or than its agent.
+    #[error("the token was issued before a certificate of its agent was revoked: log in again")]
+    TokenRevoked,
     /// It does not chain to an anchor.
     #[error("the client certificate does not chain to this organisation's CA")]
     Path(#[source] PathError),
     /// The agent has used its allowance up.
     #[error("this agent asks too often: wait, or raise MCP_PROXY_RATE_LIMIT_PER_MINUTE")]
     Limited,
+    /// The state of the certificate authority cannot be read.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -57,9 +66,11 @@ impl IdentityError {
             Self::SubjectMismatch => "assertion_subject_mismatch",
             Self::UnknownOrInactive => "agent_unknown_or_inactive",
             Self::PinMismatch => "client_cert_pin_mismatch",
+            Self::Revoked => "client_cert_revoked",
+            Self::TokenRevoked => "token_revoked",
             Self::Path(_) => "client_cert_path_invalid",
             Self::Limited => "rate_limited",
-            Self::Store(_) => "unavailable",
+            Self::Pki(_) | Self::Store(_) => "unavailable",
         }
     }
 }
@@ -68,6 +79,7 @@ impl Problem for IdentityError {
     fn kind(&self) -> Kind {
         match self {
             Self::Limited => Kind::Limited,
+            Self::Pki(error) => error.kind(),
             Self::Store(error) => error.kind(),
             _ => Kind::Unauthenticated,
         }
@@ -75,7 +87,7 @@ impl Problem for IdentityError {
 
     fn detail(&self) -> Value {
         match self {
-            Self::Store(_) => json!("the database is not available"),
+            Self::Pki(_) | Self::Store(_) => json!("the database is not available"),
             Self::Path(cause) => {
                 json!({ "reason": self.reason(), "path": cause.reason(), "hint": self.to_string() })
             }
@@ -120,6 +132,18 @@ pub enum EnrollmentError {
         /// Why, and what to do.
         why: String,
     },
+    /// No certificate of ours or of an agent has this serial.
+    #[error("no certificate with the serial {0} is registered for an agent")]
+    UnknownSerial(String),
+    /// Everything that was named is revoked already.
+    #[error("{0} is revoked already")]
+    AlreadyRevoked(String),
+    /// An owner's certificate, key or bundle is not what is needed.
+    #[error("{0}")]
+    Brought(String),
+    /// An SVID was brought, and nothing says who may vouch for it.
+    #[error("no SPIRE trust bundle: send trust_bundle_pem, or set spire_trust_bundle in proxy_config")]
+    NoBundle,
     /// Too many requests wait for a decision.
     #[error("{}", if *from_this_source { "too many enrollments of this address wait for a decision" } else { "too many enrollments wait for a decision" })]
     TooManyWaiting {
@@ -152,12 +176,19 @@ pub enum EnrollmentError {
 impl Problem for EnrollmentError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Exists(_) | Self::Decided { .. } | Self::NotReplaceable { .. } => Kind::Conflict,
-            Self::Unknown(_) | Self::UnknownRequest(_) => Kind::NotFound,
+            Self::Exists(_)
+            | Self::Decided { .. }
+            | Self::NotReplaceable { .. }
+            | Self::AlreadyRevoked(_) => Kind::Conflict,
+            Self::Unknown(_) | Self::UnknownRequest(_) | Self::UnknownSerial(_) => Kind::NotFound,
             Self::Field { .. } => Kind::Unprocessable,
-            Self::Key(_) | Self::Possession(_) | Self::DpopKey(_) | Self::Filter(_) => Kind::Invalid,
+            Self::Key(_) | Self::Possession(_) | Self::DpopKey(_) | Self::Filter(_) | Self::Brought(_) => {
+                Kind::Invalid
+            }
             Self::TooManyWaiting { from_this_source: true } => Kind::Limited,
-            Self::TooManyWaiting { from_this_source: false } | Self::Busy => Kind::Unavailable,
+            Self::TooManyWaiting { from_this_source: false } | Self::NoBundle | Self::Busy => {
+                Kind::Unavailable
+            }
             Self::Pki(error) => error.kind(),
             Self::Store(error) => error.kind(),
         }

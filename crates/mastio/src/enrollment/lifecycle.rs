@@ -9,6 +9,7 @@ use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use mastio_core::token::jwk::PublicJwk;
 use mastio_core::x509::Certificate;
+use mastio_core::x509::crl::RevocationReason;
 use mastio_core::x509::csr::CertificateRequest;
 use serde_json::{Value, json};
 
@@ -16,7 +17,7 @@ use super::store::Credentials;
 use super::{Agent, Agents, EnrollmentError, ProvenAgent, approval, store};
 use crate::pki::keys::PrivateKey;
 use crate::pki::store::{CertificateFacts, config_place, set_certificate_facts, set_config};
-use crate::pki::{Authority, PkiError};
+use crate::pki::{Authority, PkiError, revocation};
 use crate::store::WriteTx;
 use crate::updates::halt::EnrollmentType;
 
@@ -30,6 +31,8 @@ const AGENT_NAME_CHARACTERS_MAX: usize = 64;
 const DISPLAY_NAME_CHARACTERS_MAX: usize = 256;
 const CAPABILITIES_MAX: usize = 256;
 const CAPABILITY_CHARACTERS_MAX: usize = 256;
+/// Agents among which peers are looked for.
+const PEERS_LOOKED_AT: i64 = 2000;
 /// Agents that a log line names.
 const NAMED_MAX: i64 = 10;
 const DAY_S: i64 = 86_400;
@@ -68,11 +71,30 @@ pub struct CreatedAgent {
     pub private_key_pem: zeroize::Zeroizing<String>,
 }
 
-/// What an agent is called in its row and in its certificate.
-pub(super) struct Named {
+/// What an agent is called whose certificate we make.
+pub(super) struct OwnName {
     pub(super) name: String,
     pub(super) agent_id: String,
     pub(super) spiffe_id: String,
+}
+
+impl OwnName {
+    /// The row that it makes.
+    pub(super) fn row(self) -> Named {
+        let Self { name, agent_id, spiffe_id } = self;
+        Named { agent_id, spiffe_id: Some(spiffe_id), display_name: name, federated: false }
+    }
+}
+
+/// What an agent is called in its row.
+pub(super) struct Named {
+    pub(super) agent_id: String,
+    /// Absent where an owner's certificate has none.
+    pub(super) spiffe_id: Option<String>,
+    /// What people call it, if it is new.
+    pub(super) display_name: String,
+    /// Whether it is published to a federation, if it is new.
+    pub(super) federated: bool,
 }
 
 /// A certificate on its way into an agent's row.
@@ -224,7 +246,7 @@ impl Agents {
         authority: &Authority,
         principal_type: PrincipalType,
         agent_id: &str,
-    ) -> Result<Named, EnrollmentError> {
+    ) -> Result<OwnName, EnrollmentError> {
         let bare = agent_id.strip_prefix(&format!("{}::", authority.org_id)).unwrap_or(agent_id);
         let (name, kind, path) = match principal_type {
             PrincipalType::Agent => (bare, "", ""),
@@ -241,7 +263,7 @@ impl Agents {
             return Err(EnrollmentError::Field { field: "agent_name", problem });
         }
         let spiffe_id = format!("spiffe://{}/{}/{path}{name}", self.pki().trust_domain, authority.org_id);
-        Ok(Named { name: name.to_owned(), agent_id, spiffe_id })
+        Ok(OwnName { agent_id, spiffe_id, name: name.to_owned() })
     }
 
     /// Puts a certified key into its agent's row, which is made where there is none. Tells whether there was one.
@@ -261,7 +283,7 @@ impl Agents {
             None => {
                 let agent = Agent {
                     agent_id: agent_id.clone(),
-                    display_name: named.name.clone(),
+                    display_name: named.display_name.clone(),
                     capabilities: capabilities.to_vec(),
                     cert_pem: Some(certified.cert_pem.to_owned()),
                     leaf: Some(certified.leaf.clone()),
@@ -272,10 +294,11 @@ impl Agents {
                     previous_cert_pem: None,
                     previous_dpop_jkt: None,
                     previous_until: None,
-                    federated: false,
+                    federated: named.federated,
                     created_at: now.to_rfc3339(),
+                    last_revocation: None,
                 };
-                store::insert(tx, &agent, &named.spiffe_id).await?;
+                store::insert(tx, &agent, named.spiffe_id.as_deref()).await?;
             }
             Some(present) => {
                 let refused =
@@ -329,7 +352,7 @@ impl Agents {
         for _round in 0..STALE_ROUNDS_MAX {
             let (permit, authority) = self.pki().permit().await?;
             let now = self.pki().clock.now().seconds();
-            let Named { agent_id, spiffe_id, .. } = self.named(&authority, PrincipalType::Agent, name)?;
+            let OwnName { agent_id, spiffe_id, .. } = self.named(&authority, PrincipalType::Agent, name)?;
             let new = PrivateKey::generate_p256().map_err(PkiError::from)?;
             let (leaf, chain) = authority.issue_agent_leaf(
                 &permit,
@@ -363,8 +386,9 @@ impl Agents {
                 previous_until: None,
                 federated,
                 created_at: now.to_rfc3339(),
+                last_revocation: None,
             };
-            store::insert(&mut tx, &agent, &spiffe_id).await?;
+            store::insert(&mut tx, &agent, Some(&spiffe_id)).await?;
             let facts = CertificateFacts::issued_by(&leaf, authority.mastio_ca.as_ref());
             set_certificate_facts(&mut tx, &[facts.row(&agent_id)]).await?;
             let key_name = store::key_name(&agent_id);
@@ -508,6 +532,25 @@ impl Agents {
         Ok(store::page_expiring(&mut self.pki().store.read().await?, before, after, limit).await?)
     }
 
+    /// Active agents but `caller`, by id, whose id or display name holds `wanted` in any case; at most `limit`. Of a
+    /// large fleet the first [`PEERS_LOOKED_AT`] are looked at: an agent's question must not cost a fleet's reading.
+    pub async fn peers(
+        &self,
+        caller: &str,
+        wanted: &str,
+        limit: usize,
+    ) -> Result<Vec<store::Peer>, EnrollmentError> {
+        let mut tx = self.pki().store.read().await?;
+        let wanted = wanted.to_lowercase();
+        let mut peers = store::peers(&mut tx, PEERS_LOOKED_AT).await?;
+        peers.retain(|peer| {
+            let holds = |text: &str| text.to_lowercase().contains(&wanted);
+            peer.agent_id != caller && (holds(&peer.agent_id) || holds(&peer.display_name))
+        });
+        peers.truncate(limit);
+        Ok(peers)
+    }
+
     /// One agent, as the database says now.
     ///
     /// Errors: [`EnrollmentError::Unknown`].
@@ -516,7 +559,8 @@ impl Agents {
         store::agent(&mut tx, agent_id).await?.ok_or_else(|| EnrollmentError::Unknown(agent_id.to_owned()))
     }
 
-    /// Deactivates an agent: its next request is refused everywhere. The row stays.
+    /// Deactivates an agent: from the return on its requests are refused on every replica. The row stays, and its
+    /// certificate is on hold in the revocation list.
     pub async fn deactivate(&self, agent_id: &str, actor: &str) -> Result<(), EnrollmentError> {
         self.set_active(agent_id, false, EventType::AgentDeactivated, actor).await
     }
@@ -548,14 +592,18 @@ impl Agents {
         Ok(())
     }
 
-    /// Deletes an agent with everything that is its own: certificate, key, bindings, granted requests. The name is
-    /// free then; what the audit log says of the agent stays.
+    /// Deletes an agent with everything that is its own: certificates, which are revoked, key, bindings, granted requests.
+    /// The name is free then; what the audit log says of the agent stays.
     ///
     /// Errors: [`EnrollmentError::Unknown`].
     pub async fn delete(&self, agent_id: &str, actor: &str) -> Result<(), EnrollmentError> {
+        let now = self.pki().clock.now().seconds();
         let mut tx = self.pki().store.write().await?;
         let agent = store::agent(&mut tx, agent_id).await?;
         let agent = agent.ok_or_else(|| EnrollmentError::Unknown(agent_id.to_owned()))?;
+        let revocations =
+            self.certificates_of(&mut tx, &agent, RevocationReason::CessationOfOperation, actor, now).await?;
+        revocation::store::insert(&mut tx, &revocations).await?;
         store::delete(&mut tx, agent_id).await?;
         store::forget_key(&mut tx, agent_id).await?;
         approval::store::forget_agent(&mut tx, agent_id).await?;
@@ -570,7 +618,7 @@ impl Agents {
             }),
         }])
         .await?;
-        self.pki().refresh().await?;
+        self.pki().everywhere().await?;
         Ok(())
     }
 

@@ -6,23 +6,26 @@
 //! What was judged is kept for as long as the epoch stands: every write to `internal_agents` moves it.
 //!
 //! How an agent comes to its identity: [`lifecycle`] makes one whose key we hand over, and has everything that
-//! happens to agents afterwards; [`approval`] certifies the key of somebody whom an operator approves.
+//! happens to agents afterwards; [`approval`] certifies the key of somebody whom an operator approves. [`external`]
+//! takes agents whose owner brings key and certificate. [`revocation`] ends certificates for good.
 
 pub mod approval;
 pub mod error;
+pub mod external;
 pub mod http;
 pub mod lifecycle;
+pub mod revocation;
 pub mod store;
 
 use std::sync::Arc;
 
 use mastio_core::time::UnixTime;
-use mastio_core::x509::{Certificate, identity};
+use mastio_core::x509::{Certificate, identity, path};
 use moka::future::Cache;
 
 use crate::http::context::Context;
 use crate::http::limits::RateLimit;
-use crate::pki::Pki;
+use crate::pki::{Authority, Pki};
 use crate::store::StoreError;
 use crate::updates::halt::EnrollmentType;
 pub use error::{EnrollmentError, IdentityError};
@@ -63,6 +66,9 @@ pub struct Agent {
     pub federated: bool,
     /// When its row was made.
     pub created_at: String,
+    /// When a certificate of its was revoked last. Tokens from before are void: nobody knows with which one they were
+    /// got.
+    pub last_revocation: Option<UnixTime>,
 }
 
 /// An agent that a certificate proved, at one epoch.
@@ -139,7 +145,7 @@ impl Agents {
 
     async fn prove(&self, der: Option<&Arc<[u8]>>, now: UnixTime) -> Result<Arc<ProvenAgent>, IdentityError> {
         let der = der.ok_or(IdentityError::Missing)?;
-        let authority = self.pki.authority();
+        let authority = self.pki.current().await?;
         if let Some(proven) = self.by_certificate.get(der).await
             && proven.epoch == authority.epoch
             && still_valid(&proven, now)
@@ -148,7 +154,7 @@ impl Agents {
         }
         let certificate = Certificate::from_der(der).map_err(|_| IdentityError::Malformed)?;
         let agent = self.registered(&certificate, None, now).await?;
-        authority.validate_client(&certificate, &[], now).map_err(IdentityError::Path)?;
+        self.validate(&authority, &agent, &certificate, &[], now).await?;
         let proven = Arc::new(ProvenAgent { agent, certificate, epoch: authority.epoch });
         self.by_certificate.insert(Arc::clone(der), Arc::clone(&proven)).await;
         Ok(proven)
@@ -162,7 +168,7 @@ impl Agents {
         subject: &str,
         now: UnixTime,
     ) -> Result<ProvenAgent, IdentityError> {
-        let authority = self.pki.authority();
+        let authority = self.pki.current().await?;
         let agent = self.registered(leaf, Some(subject), now).await?;
         let key: Arc<[u8]> = Arc::from(leaf.der());
         // The path of a certificate that a connection has proved at this epoch is known to be good.
@@ -172,12 +178,71 @@ impl Agents {
             .await
             .is_some_and(|proven| proven.epoch == authority.epoch && still_valid(&proven, now));
         if !known {
-            authority.validate_client(leaf, presented, now).map_err(IdentityError::Path)?;
+            self.validate(&authority, &agent, leaf, presented, now).await?;
             let proven =
                 ProvenAgent { agent: Arc::clone(&agent), certificate: leaf.clone(), epoch: authority.epoch };
             self.by_certificate.insert(key, Arc::new(proven)).await;
         }
         Ok(ProvenAgent { agent, certificate: leaf.clone(), epoch: authority.epoch })
+    }
+
+    /// Which agent a certificate names: by the identity of ours in it, or as an SVID that an agent was enrolled with.
+    async fn agent_id_of(&self, certificate: &Certificate) -> Result<String, IdentityError> {
+        let named = identity::identity(certificate).map_err(|_| IdentityError::NoIdentity);
+        let refusal = match named {
+            Ok(named) if named.org_id == self.pki.authority().org_id => return Ok(named.agent_id()),
+            Ok(_) => IdentityError::OrgMismatch,
+            Err(refusal) => refusal,
+        };
+        // An SVID names one URI (SPIFFE X509-SVID §2).
+        let [spiffe_id] = certificate.uri_sans() else { return Err(refusal) };
+        let mut tx = self.pki.store.read().await?;
+        store::spire_of_id(&mut tx, spiffe_id).await?.map(|identity| identity.agent_id).ok_or(refusal)
+    }
+
+    /// Whether a path leads from a registered leaf to whoever may vouch for it: the organisation, or for an agent that was
+    /// enrolled with an SVID its bundle and nobody else.
+    async fn validate(
+        &self,
+        authority: &Authority,
+        agent: &Agent,
+        leaf: &Certificate,
+        presented: &[Certificate],
+        now: UnixTime,
+    ) -> Result<(), IdentityError> {
+        if agent.enrollment == EnrollmentType::Spire {
+            let mut tx = self.pki.store.read().await?;
+            if let Some(identity) = store::spire_of_agent(&mut tx, &agent.agent_id).await? {
+                let anchors = external::anchors(&identity.bundle_pem).unwrap_or_default();
+                return path::validate(leaf, presented, &[], &anchors, now)
+                    .map(drop)
+                    .map_err(IdentityError::Path);
+            }
+        }
+        authority.validate_client(leaf, presented, now).map_err(IdentityError::Path)
+    }
+
+    /// The agent for whom a token was issued at `issued_at`, and the epoch at which it was judged.
+    ///
+    /// Errors: [`IdentityError::UnknownOrInactive`]; [`IdentityError::TokenRevoked`] where a certificate of the agent was
+    /// revoked since, or the agent is another one of the same name.
+    pub async fn token_holder(
+        &self,
+        agent_id: &str,
+        issued_at: UnixTime,
+    ) -> Result<(Arc<Agent>, i64), IdentityError> {
+        let epoch = self.pki.current().await?.epoch;
+        let agent = self
+            .agent(agent_id)
+            .await?
+            .filter(|agent| agent.is_active)
+            .ok_or(IdentityError::UnknownOrInactive)?;
+        let revoked_since = agent.last_revocation.is_some_and(|revoked_at| issued_at <= revoked_at);
+        let before_it_was_made = UnixTime::parse(&agent.created_at).is_some_and(|made| issued_at < made);
+        if revoked_since || before_it_was_made {
+            return Err(IdentityError::TokenRevoked);
+        }
+        Ok((agent, epoch))
     }
 
     /// The active agent for which `certificate` is registered: as its present leaf; as a superseded one with the
@@ -188,11 +253,7 @@ impl Agents {
         subject: Option<&str>,
         now: UnixTime,
     ) -> Result<Arc<Agent>, IdentityError> {
-        let named = identity::identity(certificate).map_err(|_| IdentityError::NoIdentity)?;
-        if named.org_id != self.pki.authority().org_id {
-            return Err(IdentityError::OrgMismatch);
-        }
-        let agent_id = named.agent_id();
+        let agent_id = self.agent_id_of(certificate).await?;
         if subject.is_some_and(|subject| subject != agent_id) {
             return Err(IdentityError::SubjectMismatch);
         }
@@ -201,6 +262,12 @@ impl Agents {
             .await?
             .filter(|agent| agent.is_active)
             .ok_or(IdentityError::UnknownOrInactive)?;
+        if agent.last_revocation.is_some() {
+            let mut tx = self.pki.store.read().await?;
+            if crate::pki::revocation::store::is_revoked(&mut tx, &certificate.fingerprint()).await? {
+                return Err(IdentityError::Revoked);
+            }
+        }
         let present = agent.leaf.as_ref().ok_or(IdentityError::PinMismatch)?;
         // Typed principals are pinned by their key (wire contract §1.2).
         let by_key = agent.principal_type != "agent" && present.spki_der() == certificate.spki_der();

@@ -27,6 +27,7 @@ fn read(row: &Row) -> Result<Agent, StoreError> {
         previous_until: row.optional_text(10)?.and_then(|text| UnixTime::parse(&text)),
         federated: row.truth(11)?,
         created_at: row.text(12)?,
+        last_revocation: row.optional_integer(13)?.map(UnixTime),
     })
 }
 
@@ -35,7 +36,8 @@ pub async fn agent(tx: &mut impl Query, agent_id: &str) -> Result<Option<Agent>,
     let row = tx
         .row(
             "SELECT agent_id, display_name, capabilities, cert_pem, is_active, enrollment_method, dpop_jkt, principal_type, \
-             previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at \
+             previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at, \
+             (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = internal_agents.agent_id) \
              FROM internal_agents WHERE agent_id = $1",
             values![agent_id],
         )
@@ -47,7 +49,8 @@ pub async fn agent(tx: &mut impl Query, agent_id: &str) -> Result<Option<Agent>,
 pub async fn page(tx: &mut impl Query, after: &str, limit: i64) -> Result<Vec<Agent>, StoreError> {
     tx.rows(
         "SELECT agent_id, display_name, capabilities, cert_pem, is_active, enrollment_method, dpop_jkt, principal_type, \
-         previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at \
+         previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at, \
+         (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = internal_agents.agent_id) \
          FROM internal_agents WHERE agent_id > $1 ORDER BY agent_id LIMIT $2",
         values![after, limit],
     )
@@ -67,7 +70,8 @@ pub async fn page_expiring(
     tx.rows(
         "SELECT a.agent_id, a.display_name, a.capabilities, a.cert_pem, a.is_active, a.enrollment_method, a.dpop_jkt, \
          a.principal_type, a.previous_cert_pem, a.previous_dpop_jkt, a.previous_grace_period_expires_at, a.federated, \
-         a.created_at FROM agent_certificates c JOIN internal_agents a ON a.agent_id = c.agent_id \
+         a.created_at, (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = a.agent_id) \
+         FROM agent_certificates c JOIN internal_agents a ON a.agent_id = c.agent_id \
          WHERE c.not_after < $1 AND a.is_active = 1 AND a.agent_id > $2 ORDER BY a.agent_id LIMIT $3",
         values![before.0, after, limit],
     )
@@ -149,7 +153,7 @@ pub fn key_name(agent_id: &str) -> String {
 }
 
 /// Inserts an agent.
-pub async fn insert(tx: &mut WriteTx, agent: &Agent, spiffe_id: &str) -> Result<(), StoreError> {
+pub async fn insert(tx: &mut WriteTx, agent: &Agent, spiffe_id: Option<&str>) -> Result<(), StoreError> {
     let capabilities = serde_json::to_string(&agent.capabilities).unwrap_or_else(|_| "[]".to_owned());
     tx.execute(
         "INSERT INTO internal_agents (agent_id, display_name, capabilities, cert_pem, created_at, is_active, federated, \
@@ -237,9 +241,150 @@ pub async fn delete(tx: &mut WriteTx, agent_id: &str) -> Result<(), StoreError> 
         "DELETE FROM local_agent_resource_bindings WHERE agent_id = $1",
         "DELETE FROM superseded_certificates WHERE agent_id = $1",
         "DELETE FROM agent_certificates WHERE agent_id = $1",
+        "DELETE FROM spire_identities WHERE agent_id = $1",
         "DELETE FROM internal_agents WHERE agent_id = $1",
     ] {
         tx.execute(statement, values![agent_id]).await?;
     }
     Ok(())
+}
+
+/// A former certificate that is accepted while its agent has the same key.
+pub struct Superseded {
+    /// SHA-256 of its DER, lowercase hex.
+    pub fingerprint: String,
+    /// Its serial, where it is known.
+    pub serial: Option<String>,
+    /// Key id of its issuer, where it is known.
+    pub issuer_key_id: Option<String>,
+    /// When it ends, where it is known.
+    pub not_after: Option<UnixTime>,
+}
+
+/// An agent's former certificates.
+pub async fn superseded(tx: &mut impl Query, agent_id: &str) -> Result<Vec<Superseded>, StoreError> {
+    tx.rows(
+        "SELECT fingerprint, serial, issuer_key_id, not_after FROM superseded_certificates WHERE agent_id = $1 \
+         ORDER BY fingerprint",
+        values![agent_id],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(Superseded {
+            fingerprint: row.text(0)?,
+            serial: row.optional_text(1)?,
+            issuer_key_id: row.optional_text(2)?,
+            not_after: row.optional_integer(3)?.map(UnixTime),
+        })
+    })
+    .collect()
+}
+
+/// The agents whose present or former certificate has this serial.
+pub async fn agents_of_serial(tx: &mut impl Query, serial: &str) -> Result<Vec<String>, StoreError> {
+    tx.rows(
+        "SELECT agent_id FROM agent_certificates WHERE serial = $1 UNION \
+         SELECT agent_id FROM superseded_certificates WHERE serial = $1 ORDER BY agent_id LIMIT 100",
+        values![serial],
+    )
+    .await?
+    .iter()
+    .map(|row| row.text(0))
+    .collect()
+}
+
+/// A page of agents that have a previous certificate, with it, after an id.
+pub async fn previous_certificates(
+    tx: &mut impl Query,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<(String, String)>, StoreError> {
+    tx.rows(
+        "SELECT agent_id, previous_cert_pem FROM internal_agents WHERE previous_cert_pem IS NOT NULL AND agent_id > $1 \
+         ORDER BY agent_id LIMIT $2",
+        values![after, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| Ok((row.text(0)?, row.text(1)?)))
+    .collect()
+}
+
+/// An agent that was enrolled with an SVID: its id, its SPIFFE id, and the bundle that vouches for it.
+pub struct SpireIdentity {
+    /// The agent.
+    pub agent_id: String,
+    /// What its SVIDs name.
+    pub spiffe_id: String,
+    /// Trust anchors, PEM.
+    pub bundle_pem: String,
+}
+
+fn read_spire(row: &Row) -> Result<SpireIdentity, StoreError> {
+    Ok(SpireIdentity { agent_id: row.text(0)?, spiffe_id: row.text(1)?, bundle_pem: row.text(2)? })
+}
+
+/// The SPIFFE identity of an agent.
+pub async fn spire_of_agent(
+    tx: &mut impl Query,
+    agent_id: &str,
+) -> Result<Option<SpireIdentity>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT agent_id, spiffe_id, bundle_pem FROM spire_identities WHERE agent_id = $1",
+            values![agent_id],
+        )
+        .await?;
+    row.as_ref().map(read_spire).transpose()
+}
+
+/// The agent of a SPIFFE id.
+pub async fn spire_of_id(tx: &mut impl Query, spiffe_id: &str) -> Result<Option<SpireIdentity>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT agent_id, spiffe_id, bundle_pem FROM spire_identities WHERE spiffe_id = $1",
+            values![spiffe_id],
+        )
+        .await?;
+    row.as_ref().map(read_spire).transpose()
+}
+
+/// Keeps an agent's SPIFFE identity.
+pub async fn set_spire(tx: &mut WriteTx, identity: &SpireIdentity) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO spire_identities (agent_id, spiffe_id, bundle_pem) VALUES ($1, $2, $3) \
+         ON CONFLICT (agent_id) DO UPDATE SET spiffe_id = excluded.spiffe_id, bundle_pem = excluded.bundle_pem",
+        values![&identity.agent_id, &identity.spiffe_id, &identity.bundle_pem],
+    )
+    .await
+    .map(drop)
+}
+
+/// An agent as other agents see it.
+pub struct Peer {
+    /// Its id.
+    pub agent_id: String,
+    /// For people.
+    pub display_name: String,
+    /// What it may do.
+    pub capabilities: Vec<String>,
+}
+
+/// The first active agents by id.
+pub async fn peers(tx: &mut impl Query, limit: i64) -> Result<Vec<Peer>, StoreError> {
+    tx.rows(
+        "SELECT agent_id, display_name, capabilities FROM internal_agents WHERE is_active = 1 ORDER BY agent_id LIMIT $1",
+        values![limit],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(Peer {
+            agent_id: row.text(0)?,
+            display_name: row.text(1)?,
+            capabilities: serde_json::from_str(&row.text(2)?).unwrap_or_default(),
+        })
+    })
+    .collect()
 }

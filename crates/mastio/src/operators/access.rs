@@ -32,6 +32,8 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/v1/admin/agents/{agent_id}/reactivate", Api(Operator)),
     ("POST", "/v1/admin/agents/{agent_id}/renew", Api(Operator)),
     ("POST", "/v1/admin/agents/{agent_id}/dpop-jwk", Api(Operator)),
+    ("POST", "/v1/admin/agents/enroll/byoca", Api(Operator)),
+    ("POST", "/v1/admin/agents/enroll/spiffe", Api(Operator)),
     // Requests for an identity.
     ("GET", "/v1/admin/enrollments", Api(Viewer)),
     ("GET", "/v1/admin/enrollments/{session_id}", Api(Viewer)),
@@ -61,6 +63,8 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/v1/admin/resource-servers", Api(Operator)),
     ("DELETE", "/v1/admin/resource-servers/{resource_server_id}", Api(Operator)),
     // Certificates.
+    ("POST", "/v1/admin/certs/revoke", Api(Operator)),
+    ("GET", "/v1/admin/certs/revoked", Api(Viewer)),
     ("POST", "/v1/admin/pki/byoca-certificates", Api(Operator)),
     // The audit log.
     ("GET", "/v1/admin/audit", Api(Viewer)),

@@ -20,6 +20,9 @@ pub enum PkiError {
     /// There is no intermediate to sign with.
     #[error("no Mastio intermediate: apply the pending update, or restart with the Org CA key available")]
     NoIntermediate,
+    /// No key of ours has the identifier that was asked for, or none can sign.
+    #[error("no revocation list: no key of this organisation that is held here has this identifier")]
+    NoCrl,
     /// There is no key to sign tokens with.
     #[error("no active token key")]
     NoTokenKey,
@@ -63,6 +66,7 @@ impl Problem for PkiError {
         match self {
             Self::Halted(halted) => halted.kind(),
             Self::NoIntermediate | Self::NoTokenKey | Self::Moved => Kind::Unavailable,
+            Self::NoCrl => Kind::NotFound,
             Self::OrgCaKeyUnavailable => Kind::Conflict,
             Self::Request(_) => Kind::Invalid,
             Self::Store(error) => error.kind(),

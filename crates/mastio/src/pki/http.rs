@@ -1,13 +1,14 @@
-//! `/pki/ca.crt` (wire contract §7) and the certificate for a BYOCA owner's CSR (design §4).
+//! `/pki/ca.crt` (wire contract §7), revocation lists, and the certificate for a BYOCA owner's CSR (design §4).
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
 use axum::routing::{get, post};
+use mastio_core::x509::crl::crl_pem;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -26,6 +27,10 @@ pub fn routes(pki: Arc<Pki>) -> Router {
     let limited = || from_fn_with_state(per_minute(PUBLIC_PER_MINUTE), per_source);
     Router::new()
         .route("/pki/ca.crt", get(show_ca).layer(limited()))
+        .route("/.well-known/cullis/connector-bootstrap", get(show_bootstrap).layer(limited()))
+        .route("/pki/crl", get(show_crl).layer(limited()))
+        .route("/pki/crl/{key_id}", get(show_crl_of).layer(limited()))
+        .route("/pki/crl.pem", get(show_crls).layer(limited()))
         .route("/v1/admin/pki/byoca-certificates", post(issue_byoca_certificate))
         .with_state(pki)
 }
@@ -38,6 +43,53 @@ async fn show_ca(headers: HeaderMap, State(pki): State<Arc<Pki>>) -> Response {
         .headers_mut()
         .insert(header::CONTENT_DISPOSITION, HeaderValue::from_static("inline; filename=\"org-ca.pem\""));
     response
+}
+
+/// Where a client that knows nothing but our address begins (wire contract §7).
+async fn show_bootstrap(headers: HeaderMap, State(pki): State<Arc<Pki>>) -> Response {
+    let authority = pki.authority();
+    let body = json!({
+        "version": 1,
+        "mode": "configured",
+        "org_id": authority.org_id,
+        "trust_domain": pki.trust_domain,
+        "ca_fingerprint_sha256": authority.org_ca.fingerprint(),
+        "urls": {
+            "ca": "/pki/ca.crt",
+            "enrollment_start": "/v1/enrollment/start",
+            "enrollment_status_template": "/v1/enrollment/{session_id}/status",
+            "jwks": "/.well-known/jwks-local.json",
+        },
+    });
+    cached(&headers, body.to_string(), "application/json", "public, max-age=60")
+}
+
+/// RFC 2585 §4.
+const CRL_TYPE: &str = "application/pkix-crl";
+/// What was revoked a moment ago must not wait for a cache; the ETag saves the bytes.
+const CRL_CACHE: &str = "public, no-cache";
+
+/// The list of the key that issues agents' certificates, DER.
+async fn show_crl(headers: HeaderMap, State(pki): State<Arc<Pki>>) -> Result<Response, ApiError> {
+    Ok(cached(&headers, pki.crl(None).await?.der()?, CRL_TYPE, CRL_CACHE))
+}
+
+/// The list of one key of ours, by its identifier in hex, DER.
+async fn show_crl_of(
+    headers: HeaderMap,
+    State(pki): State<Arc<Pki>>,
+    Path(key_id): Path<String>,
+) -> Result<Response, ApiError> {
+    Ok(cached(&headers, pki.crl(Some(&key_id)).await?.der()?, CRL_TYPE, CRL_CACHE))
+}
+
+/// Every list of ours, PEM.
+async fn show_crls(headers: HeaderMap, State(pki): State<Arc<Pki>>) -> Result<Response, ApiError> {
+    let mut text = String::new();
+    for crl in pki.crls().await? {
+        text.push_str(&crl_pem(&crl.der()?));
+    }
+    Ok(cached(&headers, &text, "application/x-pem-file", CRL_CACHE))
 }
 
 #[derive(Deserialize)]

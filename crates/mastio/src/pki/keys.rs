@@ -20,7 +20,7 @@ use aws_lc_rs::signature::{
 };
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use mastio_core::x509::{Certificate, SignatureAlgorithm, lints::LintedTbs, p256_spki_der};
+use mastio_core::x509::{Certificate, SignatureAlgorithm, crl::CrlTbs, lints::LintedTbs, p256_spki_der};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use zeroize::Zeroizing;
@@ -278,6 +278,25 @@ impl PrivateKey {
         Some(NewKey { key: Self::from_pkcs8(pkcs8)?, pem })
     }
 
+    /// The public half of a private key that somebody else holds, for seeing that they do: PKCS#8, SEC1 or PKCS#1 PEM. The
+    /// private half is forgotten here.
+    pub fn spki_of(place: &str, pem: &str) -> Result<Vec<u8>, KeyError> {
+        let unreadable = || KeyError::Unreadable { place: place.to_owned() };
+        let der = PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| unreadable())?;
+        if let PrivateKeyDer::Pkcs1(der) = &der {
+            let rsa = RsaKeyPair::from_der(der.secret_pkcs1_der()).map_err(|_| unreadable())?;
+            let spki: aws_lc_rs::encoding::PublicKeyX509Der<'_> =
+                rsa.public_key().as_der().map_err(|_| unreadable())?;
+            return Ok(spki.as_ref().to_vec());
+        }
+        if let Some(key) = Self::from_pkcs8(der.secret_der()) {
+            return Ok(key.spki_der);
+        }
+        let ec = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der())
+            .map_err(|_| unreadable())?;
+        p256_spki_der(ec.public_key().as_ref()).map_err(|_| unreadable())
+    }
+
     /// The public key as a SubjectPublicKeyInfo (RFC 5280 §4.1.2.7).
     #[must_use]
     pub fn spki_der(&self) -> &[u8] {
@@ -298,6 +317,17 @@ impl PrivateKey {
     pub fn sign_certificate(&self, _permit: &impl Permit, tbs: LintedTbs) -> Result<Certificate, KeyError> {
         let signature = self.sign_asn1(tbs.to_be_signed())?;
         Ok(tbs.into_certificate(&signature)?)
+    }
+
+    /// Signs a revocation list of `issuer`, whose key this is, and gives its DER.
+    pub fn sign_crl(
+        &self,
+        _permit: &impl Permit,
+        issuer: &Certificate,
+        tbs: CrlTbs,
+    ) -> Result<Vec<u8>, KeyError> {
+        let signature = self.sign_asn1(tbs.to_be_signed())?;
+        Ok(tbs.into_crl(issuer, &signature)?)
     }
 
     /// Signs `message` for a JWS: ES256, `r ‖ s` (RFC 7518 §3.4). For typed claims only.

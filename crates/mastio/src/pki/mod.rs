@@ -14,12 +14,14 @@ pub mod byoca;
 pub mod error;
 pub mod http;
 pub mod keys;
+pub mod revocation;
 pub mod sealing;
 pub mod store;
 pub mod tls;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mastio_core::time::UnixTime;
@@ -39,6 +41,9 @@ use keys::{PrivateKey, SealingKey};
 pub const AGENT_LEAF_VALIDITY_S: i64 = 365 * 86_400;
 /// Certificates begin this long before they are signed, for clocks that lag.
 pub const BACKDATE_S: i64 = 300;
+
+/// Identities are judged by an image that was in force so recently at most. Four looks a second keep it younger.
+const IMAGE_AGE_MAX: Duration = Duration::from_secs(1);
 
 /// An Org CA that is being phased out. Its name and key are still trusted; its key signs our TLS leaf and
 /// nothing else, where it is still there.
@@ -183,8 +188,12 @@ pub struct Pki {
     sealing: Arc<SealingKey>,
     gate: Gate,
     authority: ArcSwap<Authority>,
+    /// When the image was last seen to be the one in the database: before that look began.
+    confirmed: ArcSwap<Instant>,
     refreshing: Mutex<()>,
     epoch: watch::Sender<i64>,
+    /// The newest revocation list of each key, and the epoch at which it was.
+    crls: std::sync::Mutex<HashMap<String, (i64, Arc<revocation::Crl>)>>,
 }
 
 impl Pki {
@@ -196,6 +205,7 @@ impl Pki {
         clock: Arc<dyn Clock>,
         entropy: Arc<Entropy>,
     ) -> Result<Self, PkiError> {
+        let looked = Instant::now();
         let mut tx = store.read().await?;
         let halt = halt::read(&mut tx).await?;
         let authority = store::load(&mut tx, &sealing, halt.epoch, &HashMap::new()).await?;
@@ -209,6 +219,8 @@ impl Pki {
             epoch: watch::Sender::new(halt.epoch),
             gate: Gate::new(halt),
             authority: ArcSwap::from_pointee(authority),
+            confirmed: ArcSwap::from_pointee(looked),
+            crls: std::sync::Mutex::default(),
             refreshing: Mutex::new(()),
         })
     }
@@ -260,10 +272,43 @@ impl Pki {
     /// Reads state and halt anew, if the epoch in the database has moved.
     pub async fn refresh(&self) -> Result<Arc<Authority>, PkiError> {
         let _one_at_a_time = self.refreshing.lock().await;
+        self.look().await
+    }
+
+    /// The image to judge identities by: no older than [`IMAGE_AGE_MAX`], so that [`Self::everywhere`] can promise that
+    /// what was taken back is taken back on every replica.
+    ///
+    /// Errors: [`PkiError::Store`] where the database has not answered for so long, and does not now.
+    pub async fn current(&self) -> Result<Arc<Authority>, PkiError> {
+        if self.confirmed.load().elapsed() < IMAGE_AGE_MAX {
+            return Ok(self.authority());
+        }
+        let _one_at_a_time = self.refreshing.lock().await;
+        // Whoever had the lock before has looked for us too.
+        if self.confirmed.load().elapsed() < IMAGE_AGE_MAX {
+            return Ok(self.authority());
+        }
+        self.look().await
+    }
+
+    /// Returns when what was committed before the call is in force on every replica: here at once, and elsewhere when no
+    /// image that is still used can be older.
+    pub async fn everywhere(&self) -> Result<(), PkiError> {
+        self.refresh().await?;
+        // A SQLite file has one server.
+        if self.store.sqlite_path().is_none() {
+            tokio::time::sleep(IMAGE_AGE_MAX).await;
+        }
+        Ok(())
+    }
+
+    async fn look(&self) -> Result<Arc<Authority>, PkiError> {
+        let looked = Instant::now();
         let mut tx = self.store.read().await?;
         let halt = halt::read(&mut tx).await?;
         let present = self.authority();
         if present.epoch == halt.epoch && self.gate.halt().epoch == halt.epoch {
+            self.confirmed.store(Arc::new(looked));
             return Ok(present);
         }
         let authority = Arc::new(store::load(&mut tx, &self.sealing, halt.epoch, &present.opened).await?);
@@ -273,6 +318,7 @@ impl Pki {
         let before = self.gate.halt();
         self.gate.set(halt);
         announce(&before, &self.gate.halt());
+        self.confirmed.store(Arc::new(looked));
         self.epoch.send_replace(epoch);
         Ok(authority)
     }

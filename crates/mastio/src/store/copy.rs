@@ -236,7 +236,41 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "superseded_certificates",
-        columns: &["fingerprint", "agent_id", "spki_sha256", "superseded_at", "superseded_by"],
+        columns: &[
+            "fingerprint",
+            "agent_id",
+            "spki_sha256",
+            "superseded_at",
+            "superseded_by",
+            "serial",
+            "issuer_key_id",
+            "#not_after",
+        ],
+    },
+    Table {
+        name: "revoked_certificates",
+        columns: &[
+            "fingerprint",
+            "agent_id",
+            "serial",
+            "issuer_key_id",
+            "#not_after",
+            "#revoked_at",
+            "reason",
+            "revoked_by",
+        ],
+    },
+    Table { name: "spire_identities", columns: &["agent_id", "spiffe_id", "bundle_pem"] },
+    Table {
+        name: "pki_crls",
+        columns: &[
+            "issuer_key_id",
+            "#number",
+            "#this_update",
+            "#next_update",
+            "content_digest",
+            "der_base64",
+        ],
     },
     Table {
         name: "pki_anchors",

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::{self, Body, Bytes};
-use axum::extract::{Path, Request, State};
+use axum::extract::{OriginalUri, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -114,6 +114,8 @@ pub fn routes(tokens: Arc<Tokens>, urls: ExternalUrls, metrics: Arc<Metrics>, re
         .route(COUNTERSIGN_PATH, post(countersign_assertion))
         .route(SIGN_PATH, post(sign_assertion))
         .route(TOKEN_PATH, post(issue_token))
+        .route("/v1/egress/models", get(list_models))
+        .route("/v1/models", get(list_models))
         .route(REVOKE_PATH, post(revoke_token))
         .route(INTROSPECT_PATH, post(introspect_token))
         .route("/v1/admin/resource-servers", post(create_resource_server).get(list_resource_servers))
@@ -240,6 +242,27 @@ fn granted(token: &AccessToken, is_form: bool) -> Value {
         "scope": "local",
         "issued_by": token.issuer,
     })
+}
+
+const MODELS_PATH: &str = "/v1/egress/models";
+
+/// `GET /v1/egress/models` (wire contract §6): no model is served here, and the SDK asks with its access token.
+async fn list_models(
+    context: Context,
+    State(endpoint): State<Endpoint>,
+    OriginalUri(uri): OriginalUri,
+    headers: HeaderMap,
+) -> Result<axum::Json<Value>, ApiError> {
+    let urls = endpoint.urls.of(&headers, uri.path());
+    let judged = match shown(&headers) {
+        Ok(shown) => endpoint.tokens.admit_once(&context, shown, "GET", &urls).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = judged {
+        record(&endpoint.refusals, &context, MODELS_PATH, &error).await;
+        return Err(error.into());
+    }
+    Ok(axum::Json(json!({ "object": "list", "data": [] })))
 }
 
 /// What the two layers below need.

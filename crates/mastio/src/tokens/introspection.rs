@@ -8,6 +8,7 @@ use std::sync::Arc;
 use mastio_core::token::claims::AccessTokenClaims;
 
 use super::{TokenEndpointError, Tokens};
+use crate::enrollment::IdentityError;
 use crate::http::context::Context;
 use crate::store::ephemeral;
 
@@ -33,12 +34,10 @@ impl Tokens {
         if claims.audience != server.resource || now >= claims.expires_at {
             return Ok(None);
         }
-        match self.active(&claims.subject).await {
+        match self.agents.token_holder(&claims.subject, claims.issued_at).await {
             Ok(_) => {}
-            Err(TokenEndpointError::Identity(crate::enrollment::IdentityError::UnknownOrInactive)) => {
-                return Ok(None);
-            }
-            Err(error) => return Err(error),
+            Err(IdentityError::UnknownOrInactive | IdentityError::TokenRevoked) => return Ok(None),
+            Err(error) => return Err(error.into()),
         }
         let revoked = ephemeral::is_revoked(&self.pki.store, &claims.jwt_id).await?;
         Ok((!revoked).then_some(claims))

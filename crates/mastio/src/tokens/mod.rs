@@ -354,13 +354,32 @@ impl Tokens {
             }
             _ => return Err(TokenEndpointError::Scheme),
         };
-        let epoch = self.pki.authority().epoch;
-        let agent = self.active(&claims.subject).await?;
+        let (agent, epoch) = self.agents.token_holder(&claims.subject, claims.issued_at).await?;
         self.agents.admit(&agent.agent_id, context)?;
         Ok(TokenCaller { agent, one_use, jwt_id: claims.jwt_id.clone(), epoch })
     }
 
+    /// Establishes the caller of a request that only reads, and uses its proof up.
+    pub async fn admit_once(
+        &self,
+        context: &Context,
+        shown: Shown<'_>,
+        method: &str,
+        urls: &[String],
+    ) -> Result<Arc<Agent>, TokenEndpointError> {
+        let caller = self.caller(context, shown, method, urls).await?;
+        self.record(Append {
+            events: Vec::new(),
+            one_use: caller.one_use,
+            access_token: Some(caller.jwt_id),
+            epoch: Some(caller.epoch),
+        })
+        .await?;
+        Ok(caller.agent)
+    }
+
     async fn active(&self, agent_id: &str) -> Result<Arc<Agent>, TokenEndpointError> {
+        self.pki.current().await?;
         let agent = self.agents.agent(agent_id).await?.filter(|agent| agent.is_active);
         Ok(agent.ok_or(crate::enrollment::IdentityError::UnknownOrInactive)?)
     }

@@ -165,8 +165,8 @@ impl SignPermit {
 impl sealed::Sealed for SignPermit {}
 impl Permit for SignPermit {}
 
-/// The right of what is exempt from the halt (design I1): an apply or rollback run that the edge rules admit, and
-/// our own TLS leaf, without which nobody could be told of the halt.
+/// The right of what is exempt from the halt (design I1): an apply or rollback run that the edge rules admit, revocation
+/// lists, and our own TLS leaf, without which nobody could be told of the halt.
 #[derive(Debug)]
 pub struct ExemptPermit(());
 
@@ -177,6 +177,12 @@ impl ExemptPermit {
     /// For a run that the engine has admitted. Called by `updates/engine.rs` alone (`tests/tidy.rs`).
     #[must_use]
     pub(in crate::updates) fn for_run() -> Self {
+        Self(())
+    }
+
+    /// For revocation lists, which take trust away and give none. Called by `pki/revocation/` alone.
+    #[must_use]
+    pub(crate) fn for_crl() -> Self {
         Self(())
     }
 

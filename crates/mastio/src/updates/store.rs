@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::error::UpdateError;
 use super::migration::{Cell, Declaration, FleetColumn};
+use crate::pki::revocation::store as revocation;
 use crate::pki::store::{CertificateFacts, hex};
 use crate::store::{Query, StoreError, Value, WriteTx};
 use crate::values;
@@ -734,12 +735,14 @@ pub async fn write_fleet(
     now: UnixTime,
 ) -> Result<u64, StoreError> {
     tx.execute(
-        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
-         SELECT old_fingerprint, agent_id, spki_sha256, $2, $1 FROM update_run_certificates WHERE run_id = $1 \
+        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, serial, \
+         issuer_key_id, not_after) SELECT old_fingerprint, agent_id, spki_sha256, $2, $1, old_serial, \
+         old_issuer_key_id, not_after FROM update_run_certificates WHERE run_id = $1 \
          AND old_fingerprint <> fingerprint ON CONFLICT (fingerprint) DO NOTHING",
         values![run_id, now.to_rfc3339()],
     )
     .await?;
+    revocation::carry_over(tx, run_id).await?;
     begin_fleet_write(tx).await?;
     let written = tx
         .execute(
@@ -861,8 +864,9 @@ pub async fn restore_fleet(
 ) -> Result<u64, StoreError> {
     // The leaf that a restored row gives up stays accepted, like one that an apply replaced.
     tx.execute(
-        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by) \
-         SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3 FROM agent_certificates c JOIN update_images i \
+        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, serial, \
+         issuer_key_id, not_after) SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3, c.serial, c.issuer_key_id, \
+         c.not_after FROM agent_certificates c JOIN update_images i \
          ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
          AND i.column_name = 'cert_pem' \
          WHERE i.after IS DISTINCT FROM CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
@@ -872,6 +876,7 @@ pub async fn restore_fleet(
         values![apply_run, now.to_rfc3339(), rollback_run],
     )
     .await?;
+    revocation::carry_back(tx, apply_run).await?;
     tx.execute(
         "DELETE FROM update_run_certificates WHERE run_id = $1 AND agent_id NOT IN (\
          SELECT i.row_key FROM update_images i JOIN internal_agents a ON a.agent_id = i.row_key WHERE i.run_id = $1 \

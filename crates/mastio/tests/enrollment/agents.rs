@@ -83,7 +83,7 @@ fn lifecycle(database: Database) {
     assert_eq!(deploy.sql("SELECT COUNT(*) FROM local_agent_resource_bindings"), "0");
     assert_eq!(deploy.sql("SELECT COUNT(*) FROM agent_certificates"), "0");
     let (_, cert_pem, key_pem) = managed(&deploy, "billing");
-    assert_eq!(fourth.refusal(&deploy), "client_cert_pin_mismatch");
+    assert_eq!(fourth.refusal(&deploy), "client_cert_revoked");
     Identity::new(&deploy, "billing-5", &cert_pem, &key_pem).challenge(&deploy).expect(200);
     // The wire contract's DELETE sets aside.
     assert_eq!(delete("/v1/admin/agents/billing"), 204);

@@ -1,10 +1,17 @@
 //! Every way in, from the outside: the real binary, real databases, and the unmodified `cullis-sdk`.
 //!
-//! [`approval`] has operators decide, [`agents`] is the life of an agent afterwards. [`world`] has what they share.
+//! [`approval`] has operators decide, [`agents`] is the life of an agent afterwards, [`revocation`] its sudden end;
+//! [`external`] has owners bring their own keys. [`paths`] presents what must not be believed;
+//! [`discovery`] is what one may read.
+//! [`world`] has what they share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod agents;
 mod approval;
+mod discovery;
+mod external;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod paths;
+mod revocation;
 mod world;

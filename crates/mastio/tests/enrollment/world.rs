@@ -33,6 +33,17 @@ pub fn fresh_with(database: Database, settings: &[(&str, &str)]) -> Deploy {
     deploy
 }
 
+/// A second process on the same PostgreSQL.
+pub fn replica_of(deploy: &Deploy) -> Deploy {
+    let mut replica = Deploy::empty()
+        .set("MCP_PROXY_DB_ENCRYPTION_KEY", PASSPHRASE)
+        .set("MCP_PROXY_DATABASE_URL", deploy.database_url().expect("a replica shares a PostgreSQL"))
+        .set("MCP_PROXY_PROXY_PUBLIC_URL", &deploy.url())
+        .set("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0");
+    replica.start();
+    replica
+}
+
 /// The CA bundle of a deploy in a file.
 pub fn ca_file(deploy: &Deploy) -> PathBuf {
     let path = deploy.folder().join("ca.crt");

@@ -300,7 +300,11 @@ impl Agents {
         session_id: &str,
         proof: Option<&str>,
     ) -> Result<Outcome, EnrollmentError> {
-        let request = self.request(session_id).await?;
+        // One view for both: an approval that is seen has its certificate.
+        let mut tx = self.pki().store.read().await?;
+        let request = store::request(&mut tx, session_id)
+            .await?
+            .ok_or_else(|| EnrollmentError::UnknownRequest(session_id.to_owned()))?;
         let mut outcome =
             Outcome { status: request.status(context.now.seconds()), granted: None, rejection_reason: None };
         let spki = request.spki_der()?;
@@ -312,7 +316,7 @@ impl Agents {
             Decision::Open => {}
             Decision::Rejected { reason } => outcome.rejection_reason = Some(reason),
             Decision::Approved { agent_id } => {
-                let agent = self.agent(&agent_id).await?;
+                let agent = super::store::agent(&mut tx, &agent_id).await?;
                 // Another key is another requester by now: this one gets no certificate for it.
                 let own = agent.as_ref().filter(|agent| {
                     agent.leaf.as_ref().is_some_and(|leaf| leaf.public_key_matches_spki(&spki))
@@ -386,6 +390,7 @@ impl Agents {
                 &request.spki_der()?,
                 now,
             )?;
+            let named = named.row();
             let mut tx = self.pki().store.write().await?;
             if tx.epoch() != permit.epoch() {
                 drop(tx);

@@ -14,6 +14,8 @@ mod s0007_resource_servers;
 mod s0008_operators;
 mod s0009_proposals;
 mod s0010_mcp_upstreams;
+mod s0011_revocation;
+mod s0012_spire;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -47,6 +49,8 @@ pub const STEPS: &[Step] = &[
     s0008_operators::STEP,
     s0009_proposals::STEP,
     s0010_mcp_upstreams::STEP,
+    s0011_revocation::STEP,
+    s0012_spire::STEP,
     // The next step goes here.
 ];
 
