@@ -59,6 +59,8 @@ const SUMMARISE_PERIOD: Duration = Duration::from_secs(10);
 const CHECKPOINT_PERIOD: Duration = Duration::from_secs(1);
 /// How often runs of dead replicas are looked for.
 const RECOVER_PERIOD: Duration = Duration::from_secs(5);
+/// How often it is written down which certificates agents present.
+const SIGHTINGS_PERIOD: Duration = Duration::from_secs(2);
 /// How often the server certificate's end is looked at.
 const TLS_PERIOD: Duration = Duration::from_secs(3600);
 /// How often agents' certificates that end soon are logged.
@@ -452,6 +454,20 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>, agents: &Arc<Age
                 if let Err(error) = updates.sweep().await {
                     tracing::warn!(error = chain(&error), "update_sweep_failed");
                 }
+                if let Err(error) = updates.settle_expired().await {
+                    tracing::warn!(error = chain(&error), "overlap_settling_failed");
+                }
+            }
+        })
+    };
+    let sight = {
+        let (agents, mut ticks) = (Arc::clone(agents), every(SIGHTINGS_PERIOD));
+        tokio::spawn(async move {
+            loop {
+                ticks.tick().await;
+                if let Err(error) = agents.note_sightings().await {
+                    tracing::warn!(error = chain(&error), "sightings_not_noted");
+                }
             }
         })
     };
@@ -482,7 +498,7 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>, agents: &Arc<Age
             }
         })
     };
-    vec![follow, forget, checkpoint, recover, renew, expiry]
+    vec![follow, forget, checkpoint, recover, sight, renew, expiry]
 }
 
 fn data_dir_error(path: &Path, source: std::io::Error) -> AppError {

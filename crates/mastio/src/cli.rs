@@ -223,6 +223,22 @@ enum AuditCommand {
 
 #[derive(Debug, Subcommand)]
 enum PkiCommand {
+    /// Show the trust overlap: what retires, which agents still need it, and what cannot be seen.
+    Overlap {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// End the trust overlap for good: the retiring Org CA's key is destroyed, and former leaves are refused.
+    Settle {
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+        /// Although agents still present a former leaf, and will be refused.
+        #[arg(long)]
+        break_agents: bool,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Sign the request of an owner who holds the key (BYOCA) under the current Org CA; PEM on standard output.
     IssueByoca {
         /// The certificate request, PEM or `-` for standard input.
@@ -409,6 +425,13 @@ async fn execute(command: Command) -> Result<(), Failure> {
         Command::Audit(command) => audit(command).await,
         Command::Agents(command) => fleet::agents(command).await,
         Command::Enrollments(command) => fleet::enrollments(command).await,
+        Command::Pki(PkiCommand::Overlap { target }) => {
+            let overlap = show_overlap(&way(&target)?).await?;
+            show(&target, &overlap, table::overlap)
+        }
+        Command::Pki(PkiCommand::Settle { yes, break_agents, target }) => {
+            settle(yes, break_agents, &target).await
+        }
         Command::Pki(PkiCommand::IssueByoca { csr, agent_name, target }) => {
             let csr_pem = read_request(&csr)?;
             let issued = match way(&target)? {
@@ -813,6 +836,32 @@ fn confirm(direction: Direction, ids: &[&str], list: &Value) -> Result<(), Failu
     ask(&format!("{question}{verb} {what} now"))
 }
 
+async fn show_overlap(way: &Way) -> Result<Value, Failure> {
+    match way {
+        Way::Server(remote) => remote.show_overlap().await,
+        Way::InProcess(config) => local::show_overlap(config).await,
+    }
+}
+
+/// Shows who still needs the overlap, asks, and ends it.
+async fn settle(yes: bool, break_agents: bool, target: &Target) -> Result<(), Failure> {
+    let way = way(target)?;
+    if !yes {
+        if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
+            let why = "settling cannot be undone and there is no terminal to ask on: add --yes";
+            return Err(Failure::Usage(why.to_owned()));
+        }
+        writeln!(std::io::stderr(), "{}", table::overlap(&show_overlap(&way).await?))
+            .map_err(|error| Failure::because("the terminal cannot be written", error))?;
+        ask("end the overlap for good, without a way back")?;
+    }
+    let settled = match &way {
+        Way::Server(remote) => remote.settle_overlap(break_agents).await?,
+        Way::InProcess(config) => local::settle_overlap(config, break_agents).await?,
+    };
+    show(target, &settled, table::fields)
+}
+
 /// Asks whether to do what the question says.
 fn ask(question: &str) -> Result<(), Failure> {
     let mut out = std::io::stderr();
@@ -1017,6 +1066,8 @@ mod tests {
             "enrollments approve abc --agent-id billing --capability invoices.read",
             "enrollments reject abc --reason unknown",
             "pki issue-byoca --csr agent.csr --agent-name billing",
+            "pki overlap --json",
+            "pki settle --yes --break-agents",
             "admin add alice --role viewer --json",
             "admin list",
             "admin deactivate alice",

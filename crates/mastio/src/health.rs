@@ -100,6 +100,7 @@ impl Health {
         let halt = crate::updates::halt::read(&mut tx).await?;
         let agents = crate::enrollment::store::counts(&mut tx).await?;
         let expiring = crate::enrollment::store::expiring(&mut tx, self.pki.clock.now().seconds()).await?;
+        let (retiring, on_old_leaf) = self.updates.overlap_counts(&mut tx).await?;
         drop(tx);
         let number = |count: i64| u64::try_from(count).unwrap_or(0);
         let authority = self.pki.authority();
@@ -125,6 +126,8 @@ impl Health {
                 .any(|reason| matches!(reason, HaltReason::StagedRotation { .. })),
             legacy_ca_pathlen_zero: authority.org_ca_has_legacy_path_len(),
             update_checks_failing: self.updates.findings().failing.len() as u64,
+            retiring_anchors: u64::try_from(retiring).unwrap_or(0),
+            agents_on_old_leaf: u64::try_from(on_old_leaf).unwrap_or(0),
             certificates,
             agents_expiring: [
                 ("expired", number(expiring.expired)),

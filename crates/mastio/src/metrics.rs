@@ -147,6 +147,10 @@ pub struct Snapshot {
     pub certificates: Vec<(CertificateTier, i64)>,
     /// Active agents whose certificate has ended, ends within seven days, and within thirty.
     pub agents_expiring: [(&'static str, u64); 3],
+    /// Org CAs that are being phased out.
+    pub retiring_anchors: u64,
+    /// Active agents that present a former leaf while one is.
+    pub agents_on_old_leaf: u64,
     /// The fleet; empty where it was not counted.
     pub agents: Vec<AgentCount>,
 }
@@ -339,6 +343,16 @@ impl Snapshot {
             "cullis_update_checks_failing",
             "Migrations whose check failed",
             number(gauge_value(self.update_checks_failing)),
+        );
+        registry.register(
+            "cullis_retiring_anchors",
+            "Org CAs that are being phased out; 0 without a trust overlap",
+            number(gauge_value(self.retiring_anchors)),
+        );
+        registry.register(
+            "cullis_agents_on_old_leaf",
+            "Active agents that have presented a former leaf, and not the present one since",
+            number(gauge_value(self.agents_on_old_leaf)),
         );
         let certificates = Family::<Tier, Gauge>::default();
         for (tier, not_after) in &self.certificates {

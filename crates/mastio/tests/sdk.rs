@@ -282,3 +282,63 @@ fn a_fleet_enrolled_by_python_calls_its_tools_before_the_halt_after_the_apply_an
     let Some(fleet) = Fleet::enrolled_by_python(Database::Postgres) else { return };
     story(fleet, Python::Plain);
 }
+
+/// The overlap ends: who pins the old root alone cannot connect any more, who has a former leaf is refused, and who has
+/// taken up both goes on.
+fn end_of_the_overlap(mut fleet: Fleet) {
+    let upstream = Upstream::start();
+    fleet.deploy.start();
+    let ids: Vec<String> = ["agent-0002", "agent-0003"].map(|name| fleet.agent_id(name)).into();
+    fleet.deploy.register_tool(TOOL, upstream.url(), &ids.iter().map(String::as_str).collect::<Vec<_>>());
+    fleet.deploy.apply().expect(200);
+    let new_root = certificates(&fleet.deploy.get("/pki/ca.crt").body)[0].clone();
+    let new_root_file = ca_file(&fleet.deploy, "new-root.crt", &new_root);
+
+    // One goes on with its old files; the other has taken up the new root and its present leaf.
+    let mut old = fleet.open(Python::Plain, "agent-0002", &fleet.ca);
+    old.call().unwrap();
+    let taken_up = fleet.deploy.folder().join("taken-up");
+    fs::create_dir_all(&taken_up).unwrap();
+    let leaf =
+        format!("SELECT cert_pem FROM internal_agents WHERE agent_id = '{}'", fleet.agent_id("agent-0003"));
+    fs::write(taken_up.join("agent.crt"), fleet.deploy.sql(&leaf) + "\n").unwrap();
+    fs::copy(fleet.files.join("agent-0003/agent.key"), taken_up.join("agent.key")).unwrap();
+    let agent_id = fleet.agent_id("agent-0003");
+    let mut new = Agent::open(Python::Plain, &fleet.deploy.url(), &agent_id, &taken_up, &new_root_file);
+    new.call().unwrap();
+    let seen = wait_for("both to be seen", || {
+        let told = fleet.deploy.admin_get("/v1/admin/pki/overlap").expect(200);
+        (told["agents"]["on_old_leaf"] == 1 && told["agents"]["on_present_leaf"] == 1).then_some(told)
+    });
+    assert_eq!(seen["on_old_leaf"][0]["agent_id"], fleet.agent_id("agent-0002"));
+    assert!(seen["on_old_leaf"][0]["seen_at"].is_string(), "{seen}");
+
+    let settle = |body| fleet.deploy.admin_post("/v1/admin/pki/settle", &body);
+    assert_eq!(settle(json!({ "confirm": true })).expect(409)["detail"]["reason"], "agents_on_old_leaf");
+    old.call().unwrap();
+    settle(json!({ "confirm": true, "break_agents": true })).expect(200);
+
+    new.build_anew(None);
+    new.call().unwrap();
+    old.build_anew(None);
+    old.call().expect_err("the old CA file still verifies the server");
+    // With the new root it reaches the server, which does not know its former leaf any more.
+    old.build_anew(Some(&new_root_file));
+    let refused = old.login().expect_err("a former leaf is still accepted");
+    assert!(refused.text.contains("401"), "{refused:?}");
+    fleet.deploy.restart();
+    new.build_anew(None);
+    new.call().unwrap();
+}
+
+#[test]
+fn the_sdk_needs_the_new_files_once_the_overlap_has_ended_on_sqlite() {
+    let Some(fleet) = Fleet::v01(Database::Sqlite) else { return };
+    end_of_the_overlap(fleet);
+}
+
+#[test]
+fn the_sdk_needs_the_new_files_once_the_overlap_has_ended_on_postgres() {
+    let Some(fleet) = Fleet::v01(Database::Postgres) else { return };
+    end_of_the_overlap(fleet);
+}

@@ -159,6 +159,8 @@ event_types! {
     PkiCrlIssued = "pki.crl_issued",
     /// A certificate for our own TLS listener was issued.
     PkiTlsCertificateIssued = "pki.tls_certificate_issued",
+    /// A replaced Org CA retired: its key is destroyed, and what stood under it is not accepted any more.
+    PkiOverlapEnded = "pki.overlap_ended",
     /// An operator signed in to the dashboard.
     DashboardLogin = "dashboard.login",
     /// A sign-in to the dashboard was refused.

@@ -423,6 +423,19 @@ pub(super) async fn remove_resource_server(config: &Config, id: &str) -> Result<
     resource_servers::remove(&deploy.pki, id, &actor).await.map_err(|error| Failure::of(&error))
 }
 
+/// The answer of `GET /v1/admin/pki/overlap`.
+pub(super) async fn show_overlap(config: &Config) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    deploy.updates.overlap().await.map_err(|error| Failure::of(&error))
+}
+
+/// The answer of `POST /v1/admin/pki/settle`.
+pub(super) async fn settle_overlap(config: &Config, break_agents: bool) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    deploy.updates.settle(break_agents, &actor).await.map_err(|error| Failure::of(&error))
+}
+
 /// What `serve` would find in the database, which stays as it is.
 pub async fn check_adoption(config: &Config) -> Result<Value, Failure> {
     let store = store_at(&config.database_url).await?;

@@ -195,6 +195,17 @@ impl Remote {
         self.send(Method::POST, &path, &[], Some(&body), Some(READ_TIMEOUT)).await
     }
 
+    /// `GET /v1/admin/pki/overlap`.
+    pub async fn show_overlap(&self) -> Result<Value, Failure> {
+        self.get(&["v1", "admin", "pki", "overlap"], &[]).await
+    }
+
+    /// `POST /v1/admin/pki/settle`, confirmed.
+    pub async fn settle_overlap(&self, break_agents: bool) -> Result<Value, Failure> {
+        let body = json!({ "confirm": true, "break_agents": break_agents });
+        self.post(&["v1", "admin", "pki", "settle"], &body).await
+    }
+
     /// `GET /v1/admin/operators`.
     pub async fn list_operators(&self) -> Result<Value, Failure> {
         self.get(&["v1", "admin", "operators"], &[]).await

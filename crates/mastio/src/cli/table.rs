@@ -77,6 +77,53 @@ pub(super) fn revoked(list: &Value) -> String {
     table.to_string()
 }
 
+/// The trust overlap.
+pub(super) fn overlap(overlap: &Value) -> String {
+    if overlap["overlap"] != true {
+        return "no trust overlap: no Org CA is retiring".to_owned();
+    }
+    let mut anchors = table(&["retiring Org CA", "since", "not after", "key"]);
+    for anchor in rows(&overlap["retiring"]) {
+        anchors.add_row([
+            cell(&anchor["certificate"]["subject"]),
+            cell(&anchor["since"]),
+            cell(&anchor["certificate"]["not_after"]),
+            cell(&anchor["key"]),
+        ]);
+    }
+    let agents = &overlap["agents"];
+    let mut text = format!(
+        "{anchors}\n{} active agents: {} present a former leaf, {} the present one, {} have not been seen",
+        cell(&agents["active"]),
+        cell(&agents["on_old_leaf"]),
+        cell(&agents["on_present_leaf"]),
+        cell(&agents["not_seen"]),
+    );
+    for leaf in rows(&overlap["on_old_leaf"]) {
+        let (agent_id, seen_at) = (cell(&leaf["agent_id"]), cell(&leaf["seen_at"]));
+        text.push_str(&format!("\n  {agent_id} presented a former leaf at {seen_at}"));
+    }
+    for agent in rows(&overlap["blocking"]["agents"]) {
+        text.push_str(&format!(
+            "\nblocks: {} ({}): {}",
+            cell(&agent["agent_id"]),
+            cell(&agent["enrollment"]),
+            cell(&agent["next"])
+        ));
+    }
+    for unseen in rows(&overlap["cannot_be_seen"]) {
+        text.push_str(&format!("\ncannot be seen: {}", cell(unseen)));
+    }
+    let settling = &overlap["settling"];
+    if rows(&settling["ends_rollback_of"]).next().is_some() {
+        text.push_str(&format!("\nno way back any more from: {}", cell(&settling["ends_rollback_of"])));
+    }
+    if !settling["refused"].is_null() {
+        text.push_str(&format!("\nsettling is refused: {}", cell(&settling["refused"]["message"])));
+    }
+    text
+}
+
 /// The list of operators.
 pub(super) fn operators(list: &Value) -> String {
     let mut table = table(&["operator", "role", "last seen", "added", "by", "deactivated"]);

@@ -15,6 +15,7 @@ pub mod external;
 pub mod http;
 pub mod lifecycle;
 pub mod revocation;
+mod sightings;
 pub mod store;
 
 use std::sync::Arc;
@@ -27,10 +28,13 @@ use crate::http::context::Context;
 use crate::http::limits::RateLimit;
 use crate::pki::{Authority, Pki};
 use crate::store::StoreError;
+use crate::store::ephemeral::note_presented;
 use crate::updates::halt::EnrollmentType;
+use crate::values;
 pub use error::{EnrollmentError, IdentityError};
 use lifecycle::{Certified, STALE_ROUNDS_MAX, check_capabilities};
 pub use lifecycle::{CreatedAgent, PrincipalType};
+use sightings::Sightings;
 
 /// Certificates and agents that are remembered between requests.
 const CACHE_ENTRIES_MAX: u64 = 50_000;
@@ -86,6 +90,7 @@ pub struct ProvenAgent {
 pub struct Agents {
     pki: Arc<Pki>,
     limit: RateLimit,
+    sightings: Sightings,
     by_id: Cache<String, (i64, Option<Arc<Agent>>)>,
     by_certificate: Cache<Arc<[u8]>, Arc<ProvenAgent>>,
 }
@@ -97,6 +102,7 @@ impl Agents {
         Self {
             limit,
             pki,
+            sightings: Sightings::default(),
             by_id: Cache::new(CACHE_ENTRIES_MAX),
             by_certificate: Cache::new(CACHE_ENTRIES_MAX),
         }
@@ -129,6 +135,7 @@ impl Agents {
     /// Errors: [`IdentityError`], each with a stable reason and answered with 401.
     pub async fn authenticate(&self, context: &Context) -> Result<Arc<ProvenAgent>, IdentityError> {
         let proven = self.prove(context.client_certificate.as_ref(), context.now.seconds()).await?;
+        self.sight(&proven, context.now.seconds());
         self.admit(&proven.agent.agent_id, context)?;
         Ok(proven)
     }
@@ -183,7 +190,34 @@ impl Agents {
                 ProvenAgent { agent: Arc::clone(&agent), certificate: leaf.clone(), epoch: authority.epoch };
             self.by_certificate.insert(key, Arc::new(proven)).await;
         }
-        Ok(ProvenAgent { agent, certificate: leaf.clone(), epoch: authority.epoch })
+        let proven = ProvenAgent { agent, certificate: leaf.clone(), epoch: authority.epoch };
+        self.sight(&proven, now);
+        Ok(proven)
+    }
+
+    /// While an Org CA retires, operators want to know who presents which certificate.
+    fn sight(&self, proven: &ProvenAgent, now: UnixTime) {
+        if !self.pki.authority().retiring.is_empty() {
+            self.sightings.note(proven, now);
+        }
+    }
+
+    /// Writes down who has presented which certificate since the last time.
+    pub async fn note_sightings(&self) -> Result<(), StoreError> {
+        let mut seen = self.sightings.take();
+        // The last word on a certificate counts, and one statement names each row once.
+        seen.sort_by(|a, b| {
+            (&a.agent_id, &a.fingerprint, b.seen_at).cmp(&(&b.agent_id, &b.fingerprint, a.seen_at))
+        });
+        seen.dedup_by(|b, a| (&a.agent_id, &a.fingerprint) == (&b.agent_id, &b.fingerprint));
+        if seen.is_empty() {
+            return Ok(());
+        }
+        let rows: Vec<_> = seen
+            .into_iter()
+            .map(|sighting| values![sighting.agent_id, sighting.fingerprint, sighting.seen_at].to_vec())
+            .collect();
+        note_presented(&self.pki.store, &rows).await
     }
 
     /// Which agent a certificate names: by the identity of ours in it, or as an SVID that an agent was enrolled with.

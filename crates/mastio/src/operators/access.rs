@@ -66,6 +66,9 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/v1/admin/certs/revoke", Api(Operator)),
     ("GET", "/v1/admin/certs/revoked", Api(Viewer)),
     ("POST", "/v1/admin/pki/byoca-certificates", Api(Operator)),
+    ("GET", "/v1/admin/pki/overlap", Api(Viewer)),
+    // It destroys a key.
+    ("POST", "/v1/admin/pki/settle", Api(Admin)),
     // The audit log.
     ("GET", "/v1/admin/audit", Api(Viewer)),
     ("GET", "/v1/admin/audit/verify", Api(Viewer)),

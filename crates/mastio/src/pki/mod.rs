@@ -100,6 +100,7 @@ pub struct Authority {
     pub cross_certificates: Vec<Certificate>,
     /// Token keys, by `kid`.
     pub token_keys: Vec<TokenKey>,
+    /// The current Org CA, then the retiring ones in their order, then any other.
     trust: Vec<Anchor>,
     opened: HashMap<String, Arc<PrivateKey>>,
 }
@@ -109,6 +110,18 @@ impl Authority {
     #[must_use]
     pub fn trust(&self) -> &[Anchor] {
         &self.trust
+    }
+
+    /// The same without those that retire: what is left when the overlap ends.
+    #[must_use]
+    pub fn staying_trust(&self) -> Vec<Anchor> {
+        let retires = |index: usize| (1..=self.retiring.len()).contains(&index);
+        self.trust
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| !retires(*index))
+            .map(|(_, anchor)| anchor.clone())
+            .collect()
     }
 
     /// Validates a client's certificate against the current and retiring anchors (design §4).

@@ -47,9 +47,23 @@ struct Signer<'a> {
 }
 
 impl Authority {
+    /// Whether our TLS certificate has somebody to sign it when no retiring key is left.
+    #[must_use]
+    pub fn can_issue_tls_without_retiring(&self, now: UnixTime) -> bool {
+        self.tls_signer_after(None, now).is_some()
+    }
+
     fn tls_signer(&self, now: UnixTime) -> Option<Signer<'_>> {
         let outgoing =
             self.retiring.iter().find_map(|anchor| Some((&anchor.certificate, anchor.key.as_deref()?)));
+        self.tls_signer_after(outgoing, now)
+    }
+
+    fn tls_signer_after<'a>(
+        &'a self,
+        outgoing: Option<(&'a Certificate, &'a PrivateKey)>,
+        now: UnixTime,
+    ) -> Option<Signer<'a>> {
         let legacy_root = self
             .org_ca_key
             .as_deref()
@@ -98,6 +112,12 @@ impl Tls {
             not_after: ArcSwap::from_pointee(not_after),
             built_from: ArcSwap::from_pointee(built_from(pki)),
         })
+    }
+
+    /// Whether the operator's own files are served instead of a certificate of ours.
+    #[must_use]
+    pub fn has_own_files(&self) -> bool {
+        self.files.is_some()
     }
 
     /// Whether the authority would have another chain built than the one that is served.

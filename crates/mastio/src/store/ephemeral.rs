@@ -1,6 +1,7 @@
 //! What lives for minutes and may change without an audit event: identifiers that may be used once, and
 //! login challenges. Requests for an identity that were not granted end here too; what was decided is in the audit log.
 //! Revoked access tokens live here until they would have expired; each has its event.
+//! So does what only tells of a moment: which certificate an agent has presented last.
 //!
 //! A used identifier (`jti` of a DPoP proof or of a client assertion) is burnt by the commit of what it was used
 //! for, see [`super::group`]; here are the rest of its life and its end.
@@ -96,6 +97,18 @@ pub async fn is_revoked(store: &Store, jwt_id: &str) -> Result<bool, StoreError>
         .row("SELECT jwt_id FROM revoked_tokens WHERE jwt_id = $1", values![jwt_id])
         .await?;
     Ok(row.is_some())
+}
+
+/// Notes which certificates agents have presented; each row is an agent, a fingerprint and Unix seconds.
+pub async fn note_presented(store: &Store, rows: &[Vec<super::Value>]) -> Result<(), StoreError> {
+    let mut tx = store.write().await?;
+    tx.insert_many(
+        "presented_certificates (agent_id, fingerprint, seen_at)",
+        rows,
+        "ON CONFLICT (agent_id, fingerprint) DO UPDATE SET seen_at = excluded.seen_at",
+    )
+    .await?;
+    tx.commit_unaudited().await
 }
 
 /// Forgets what has expired. Identifiers are kept past their window by the clock leeway, or a proof

@@ -42,9 +42,12 @@ impl Updates {
         let decided = matches!(row_status.as_deref(), Some("applied" | "rolled_back"));
 
         let mut tx = self.pki.store.write().await?;
-        let (failed_key, impossible_key) = (format!("failed_check:{id}"), format!("impossible_check:{id}"));
-        let before = (state(&mut tx, &failed_key).await?, state(&mut tx, &impossible_key).await?);
-        let mut after = (None, None);
+        let keys = ["failed_check", "impossible_check", "put_right"].map(|what| format!("{what}:{id}"));
+        let mut before = [None, None, None];
+        for (key, before) in keys.iter().zip(&mut before) {
+            *before = state(&mut tx, key).await?;
+        }
+        let mut after = [None, None, None];
         let mut events = Vec::new();
         match checked {
             Err(panicked) => {
@@ -55,12 +58,16 @@ impl Updates {
                 );
                 findings.failing.push(id.to_owned());
                 if declaration.criticality == Criticality::Critical && !decided {
-                    after.0 = Some("the check stopped unexpectedly".to_owned());
+                    after[0] = Some("the check stopped unexpectedly".to_owned());
                 }
             }
             Ok(Need::NotNeeded) if open => {
                 store::set_closed(&mut tx, declaration, now).await?;
                 events.push(event(EventType::UpdateClosed, "system", id, json!({})));
+            }
+            // Rolled back, and right all the same: somebody has put it right in another way, so nothing waits for it.
+            Ok(Need::NotNeeded) if row_status.as_deref() == Some("rolled_back") => {
+                after[2] = Some("not needed".to_owned());
             }
             Ok(Need::NotNeeded) => {}
             Ok(Need::Impossible(refusal)) => {
@@ -73,7 +80,7 @@ impl Updates {
                 if !findings.impossible.iter().any(|reason| reason == refusal.reason) {
                     findings.impossible.push(refusal.reason.to_owned());
                 }
-                after.1 = Some(refusal.reason.to_owned());
+                after[1] = Some(refusal.reason.to_owned());
             }
             Ok(Need::Needed { note }) => {
                 if let Some(note) = note {
@@ -93,7 +100,7 @@ impl Updates {
                 self.propose(&mut tx, migration, open, decided, &mut events).await?;
             }
         }
-        for (key, was, is) in [(&failed_key, &before.0, &after.0), (&impossible_key, &before.1, &after.1)] {
+        for ((key, was), is) in keys.iter().zip(&before).zip(&after) {
             if was != is {
                 match is {
                     Some(reason) => set_state(&mut tx, key, reason).await?,

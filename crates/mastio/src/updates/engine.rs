@@ -530,7 +530,7 @@ impl Run<'_> {
         self.enter(Phase::Detect, 0, 0).await?;
         let store = &self.updates.pki.store;
         let mut tx = store.read().await?;
-        let snapshot = rows::snapshot(&mut tx, self.id()).await?.ok_or(UpdateError::NoSnapshot)?;
+        let snapshot = rows::rollback_snapshot(&mut tx, self.id()).await?;
         let apply = rows::run_by_id(&mut tx, &snapshot.run_id).await?;
         if let Some(blocker) = rows::blocker(&mut tx, self.id(), &snapshot.run_id).await? {
             return Err(UpdateError::Blocked { blocker });
@@ -553,9 +553,16 @@ impl Run<'_> {
             (Some(carry_back), Some(column)) => Some(Carried { column, carry_back: Arc::from(carry_back) }),
             _ => None,
         };
-        self.enter(Phase::Prepare, 0, 0).await?;
+        let total = match &carried {
+            Some(carried) => {
+                let mut tx = store.read().await?;
+                rows::rollback_counts(&mut tx, carried.column, &snapshot.run_id, false).await?.1
+            }
+            None => 0,
+        };
+        self.enter(Phase::Prepare, 0, total).await?;
         if let Some(carried) = &carried {
-            self.carry_back(&snapshot.run_id, carried).await?;
+            self.carry_back(&snapshot.run_id, carried, total).await?;
         }
         crash_point("rollback.prepare");
         self.enter(Phase::Commit, 0, 0).await?;
@@ -578,7 +585,7 @@ impl Run<'_> {
                     let mut tx = store.read().await?;
                     present.extend(rows::fleet_cell(&mut tx, carried.column, agent_id).await?);
                 }
-                self.stage_carried(present, carried).await?;
+                self.stage_carried(present, carried, None).await?;
             }
         }
         let outcome = outcome.ok_or(UpdateError::CannotCatchUp)?;
@@ -588,9 +595,9 @@ impl Run<'_> {
     }
 
     /// Carries back what arose or changed since the apply, page by page.
-    async fn carry_back(&self, apply_run: &str, carried: &Carried) -> Result<(), UpdateError> {
+    async fn carry_back(&self, apply_run: &str, carried: &Carried, total: i64) -> Result<(), UpdateError> {
         let store = &self.updates.pki.store;
-        let mut after = String::new();
+        let (mut after, mut done) = (String::new(), 0);
         loop {
             let mut tx = store.read().await?;
             let page =
@@ -598,7 +605,9 @@ impl Run<'_> {
             drop(tx);
             let Some(last) = page.last() else { return Ok(()) };
             after.clone_from(&last.agent_id);
-            self.stage_carried(page, carried).await?;
+            done += i64::try_from(page.len()).unwrap_or(i64::MAX);
+            // Whoever arises meanwhile counts too.
+            self.stage_carried(page, carried, Some((done, total.max(done)))).await?;
         }
     }
 
@@ -688,13 +697,21 @@ impl Run<'_> {
         Ok(RestoredAuthority { org_ca, org_ca_key, mastio_ca, mastio_ca_key })
     }
 
-    async fn stage_carried(&self, page: Vec<FleetCell>, carried: &Carried) -> Result<(), UpdateError> {
+    async fn stage_carried(
+        &self,
+        page: Vec<FleetCell>,
+        carried: &Carried,
+        progress: Option<(i64, i64)>,
+    ) -> Result<(), UpdateError> {
         let mut tx = self.updates.pki.store.write().await?;
         let images: Vec<_> =
             page.iter().map(|cell| rows::fleet_image(&self.run_id, carried.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
         let staged = carry_cells(&page, carried, &self.updates.pki.entropy)?;
         rows::stage(&mut tx, carried.column, &self.run_id, &staged).await?;
+        if let Some((done, total)) = progress {
+            self.note(&mut tx, Phase::Prepare, done, total).await?;
+        }
         Ok(tx.commit_unaudited().await?)
     }
 

@@ -58,6 +58,42 @@ pub enum UpdateError {
         /// What differs.
         differences: Box<Value>,
     },
+    /// Nothing retires.
+    #[error("no trust overlap: no Org CA is retiring")]
+    NoOverlap,
+    /// Agents stand under a retiring Org CA alone.
+    #[error(
+        "{count} agents have a certificate that only the retiring Org CA vouches for: they must enroll again first"
+    )]
+    AgentsBlock {
+        /// How many.
+        count: usize,
+        /// The first of them.
+        agents: Vec<Value>,
+    },
+    /// Agents still present a former leaf.
+    #[error(
+        "{count} agents still present a former leaf and would be refused: have them take up the present one, or say that          they may break (--break-agents)"
+    )]
+    AgentsBreak {
+        /// How many.
+        count: i64,
+        /// The first of them.
+        agents: Vec<Value>,
+    },
+    /// Nobody could sign our TLS certificate.
+    #[error(
+        "without the retiring Org CA nobody here could sign the TLS certificate: bring the current Org CA's key back, or          set MCP_PROXY_TLS_CERT and MCP_PROXY_TLS_KEY"
+    )]
+    NoTlsIssuer,
+    /// The trust overlap has ended since.
+    #[error(
+        "the trust overlap was ended at {at}: the replaced Org CA and its key are gone, so there is no way back"
+    )]
+    Settled {
+        /// When.
+        at: String,
+    },
     /// Enough plans are being computed.
     #[error("too many plans are being computed: try again in a moment")]
     TooManyRehearsals,
@@ -176,6 +212,11 @@ impl Problem for UpdateError {
             | Self::Blocked { .. }
             | Self::Running { .. }
             | Self::PlanChanged { .. }
+            | Self::NoOverlap
+            | Self::AgentsBlock { .. }
+            | Self::AgentsBreak { .. }
+            | Self::NoTlsIssuer
+            | Self::Settled { .. }
             | Self::ApprovalRequired { .. }
             | Self::AlreadyProposed { .. }
             | Self::SamePerson { .. }
@@ -213,6 +254,21 @@ impl Problem for UpdateError {
                 "plan_digest": present,
                 "differences": differences,
             }),
+            Self::NoOverlap => json!({ "reason": "no_overlap", "message": self.to_string() }),
+            Self::AgentsBlock { count, agents } => json!({
+                "reason": "agents_block",
+                "message": self.to_string(),
+                "count": count,
+                "agents": agents,
+            }),
+            Self::AgentsBreak { count, agents } => json!({
+                "reason": "agents_on_old_leaf",
+                "message": self.to_string(),
+                "count": count,
+                "agents": agents,
+            }),
+            Self::NoTlsIssuer => json!({ "reason": "no_tls_issuer", "message": self.to_string() }),
+            Self::Settled { .. } => json!({ "reason": "settled", "message": self.to_string() }),
             Self::ApprovalRequired { proposed_by, .. } => json!({
                 "reason": "approval_required",
                 "message": self.to_string(),

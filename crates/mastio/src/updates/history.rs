@@ -49,7 +49,7 @@ impl Updates {
     pub async fn rollback_outline(&self, migration_id: &str) -> Result<RollbackOutline, UpdateError> {
         let migration = self.known(migration_id).await?;
         let mut tx = self.pki.store.read().await?;
-        let snapshot = store::snapshot(&mut tx, migration_id).await?.ok_or(UpdateError::NoSnapshot)?;
+        let snapshot = store::rollback_snapshot(&mut tx, migration_id).await?;
         let taken_at = store::snapshot_taken_at(&mut tx, migration_id).await?.unwrap_or_default();
         let run = store::run_by_id(&mut tx, &snapshot.run_id).await?;
         // A predecessor's run wrote what stands, whatever its row says.

@@ -35,7 +35,39 @@ pub fn routes(updates: Arc<Updates>) -> Router {
         .route("/proxy/updates/{migration_id}/proposals/{proposal_id}/approve", post(approve_proposal))
         .route("/proxy/updates/{migration_id}/apply", post(apply_update))
         .route("/proxy/updates/{migration_id}/rollback", post(rollback_update))
+        .route("/v1/admin/pki/overlap", get(show_overlap))
+        .route("/v1/admin/pki/settle", post(settle_overlap))
         .with_state(updates)
+}
+
+/// `GET /v1/admin/pki/overlap`: who still needs it, what cannot be seen, and what settling would do.
+async fn show_overlap(
+    _admin: AdminCaller,
+    State(updates): State<Arc<Updates>>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(updates.overlap().await?))
+}
+
+/// `POST /v1/admin/pki/settle` ends the overlap when it is confirmed; with `?dry_run=true` only tells what it would do.
+async fn settle_overlap(
+    admin: AdminCaller,
+    State(updates): State<Arc<Updates>>,
+    Query(query): Query<ChangeQuery>,
+    body: Bytes,
+) -> Result<axum::Json<Value>, ApiError> {
+    if flag("dry_run", query.dry_run.as_deref())? {
+        return Ok(axum::Json(updates.overlap().await?));
+    }
+    let body = parsed(&body)?;
+    if body.get("confirm") != Some(&Value::Bool(true)) {
+        return Err(UpdateError::Unconfirmed.into());
+    }
+    let break_agents = match body.get("break_agents") {
+        None => false,
+        Some(Value::Bool(break_agents)) => *break_agents,
+        Some(_) => return Err(ApiError::new(Kind::Invalid, "break_agents is true or false")),
+    };
+    Ok(axum::Json(updates.settle(break_agents, &admin.actor).await?))
 }
 
 #[derive(Deserialize)]

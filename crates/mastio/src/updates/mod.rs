@@ -4,7 +4,7 @@
 //! The cast: [`registry`] lists the migrations; [`detector`] asks each at boot whether it is needed; [`halt`] decides
 //! whether anything may be signed; [`rehearsal`] computes a change set and drops it; [`order`] says who is next;
 //! [`approval`] whether two operators stand behind it; [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
-//! [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
+//! [`settle`] ends the trust overlap that an update began; [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
 //! images. Order of an apply: admission under the lock of the audit head, then the run as a task of its own, which the
 //! caller only watches. A run that a crash has left behind is finished by the next boot: before its commit it has
 //! changed nothing and fails, after it only the activation is left.
@@ -24,6 +24,7 @@ pub mod order;
 pub mod progress;
 pub mod registry;
 pub mod rehearsal;
+mod settle;
 pub mod snapshots;
 pub mod store;
 mod verify;
@@ -636,6 +637,7 @@ impl Updates {
             UpdateError::Refused(_)
                 | UpdateError::NoSnapshot
                 | UpdateError::Blocked { .. }
+                | UpdateError::Settled { .. }
                 | UpdateError::SnapshotDamaged { .. }
         );
         let mut tx = self.pki.store.write().await?;

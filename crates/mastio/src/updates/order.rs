@@ -74,7 +74,7 @@ fn visit(root: &Waiting, waiting: &[Waiting], ordered: &mut Vec<String>) {
 }
 
 /// What waits among `rows`, with `halting` ids marked. A row that was rolled back counts only where another requires
-/// it: nobody waits for it, and what stands on it has to wait.
+/// it: nobody waits for it, and what stands on it has to wait, unless the state was put right in another way.
 #[must_use]
 pub fn waiting(rows: &[UpdateRow], halting: &[String]) -> Vec<Waiting> {
     rows.iter()
@@ -126,7 +126,7 @@ pub async fn admissible(
     }
     match direction {
         Direction::Rollback => {
-            let snapshot = store::snapshot(tx, migration_id).await?.ok_or(UpdateError::NoSnapshot)?;
+            let snapshot = store::rollback_snapshot(tx, migration_id).await?;
             match store::blocker(tx, migration_id, &snapshot.run_id).await? {
                 Some(blocker) => Err(UpdateError::Blocked { blocker }),
                 None => Ok(()),
@@ -134,6 +134,9 @@ pub async fn admissible(
         }
         Direction::Apply => {
             let reasons = halt::read(tx).await?.reasons;
+            let put_right = store::put_right(tx).await?;
+            let met = |row: &UpdateRow| row.status == "rolled_back" && put_right.contains(&row.migration_id);
+            let rows: Vec<UpdateRow> = rows.into_iter().filter(|row| !met(row)).collect();
             match first(migration, &rows, &reasons) {
                 Some(first) => Err(UpdateError::OutOfOrder { first }),
                 None => Ok(()),

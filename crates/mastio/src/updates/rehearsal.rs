@@ -272,7 +272,7 @@ impl Rehearsal {
     ) -> Result<Way, UpdateError> {
         let migration_id = migration.declaration().migration_id;
         let mut tx = updates.pki.store.read().await?;
-        let snapshot = rows::snapshot(&mut tx, migration_id).await?.ok_or(UpdateError::NoSnapshot)?;
+        let snapshot = rows::rollback_snapshot(&mut tx, migration_id).await?;
         let apply = rows::run_by_id(&mut tx, &snapshot.run_id).await?;
         if let Some(blocker) = rows::blocker(&mut tx, migration_id, &snapshot.run_id).await? {
             return Err(UpdateError::Blocked { blocker });

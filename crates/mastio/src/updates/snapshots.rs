@@ -30,6 +30,7 @@ impl Snapshot {
             "taken_at": shown(&self.taken_at),
             "run_id": self.descriptor.as_ref().map(|descriptor| &descriptor.run_id),
             "rows": self.images,
+            "settled_at": self.descriptor.as_ref().and_then(|descriptor| descriptor.settled_at.as_ref()),
             "sound": self.damaged_at.is_none(),
             "damaged_at": self.damaged_at,
         })

@@ -330,6 +330,9 @@ pub struct SnapshotDescriptor {
     pub run_id: String,
     /// How many images there are.
     pub rows: i64,
+    /// When the end of the trust overlap made it one that no rollback goes back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settled_at: Option<String>,
 }
 
 /// The snapshot of a migration, where there is one.
@@ -349,6 +352,20 @@ pub async fn snapshot(
         row: "its descriptor".to_owned(),
     })?;
     Ok(Some(descriptor))
+}
+
+/// The snapshot that a rollback goes back to.
+///
+/// Errors: [`UpdateError::NoSnapshot`]; [`UpdateError::Settled`], where the trust overlap has ended since.
+pub async fn rollback_snapshot(
+    tx: &mut impl Query,
+    migration_id: &str,
+) -> Result<SnapshotDescriptor, UpdateError> {
+    let snapshot = snapshot(tx, migration_id).await?.ok_or(UpdateError::NoSnapshot)?;
+    match snapshot.settled_at {
+        Some(at) => Err(UpdateError::Settled { at }),
+        None => Ok(snapshot),
+    }
 }
 
 /// Writes the descriptor of a snapshot. An earlier one is overwritten, as the page says.
@@ -1072,6 +1089,15 @@ pub async fn impossible_checks(tx: &mut impl Query) -> Result<Vec<(String, Strin
         .await?
         .iter()
         .map(|row| Ok((row.text(0)?.trim_start_matches("impossible_check:").to_owned(), row.text(1)?)))
+        .collect()
+}
+
+/// Migrations that were rolled back and whose state the last check found right all the same.
+pub async fn put_right(tx: &mut impl Query) -> Result<Vec<String>, StoreError> {
+    tx.rows("SELECT key FROM deploy_state WHERE key LIKE 'put_right:%' ORDER BY key", &[])
+        .await?
+        .iter()
+        .map(|row| Ok(row.text(0)?.trim_start_matches("put_right:").to_owned()))
         .collect()
 }
 

@@ -16,6 +16,7 @@ mod s0009_proposals;
 mod s0010_mcp_upstreams;
 mod s0011_revocation;
 mod s0012_spire;
+mod s0013_overlap;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub const STEPS: &[Step] = &[
     s0010_mcp_upstreams::STEP,
     s0011_revocation::STEP,
     s0012_spire::STEP,
+    s0013_overlap::STEP,
     // The next step goes here.
 ];
 

@@ -1,0 +1,3 @@
+module mastio.invalid/judges/client
+
+go 1.19
