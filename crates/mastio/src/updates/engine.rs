@@ -848,11 +848,7 @@ async fn refill_facts(
     restored_root: Option<&Certificate>,
     pki: &crate::pki::Pki,
 ) -> Result<(), UpdateError> {
-    let authority = pki.authority();
-    let mut candidates: Vec<Certificate> = authority.mastio_ca.iter().cloned().collect();
-    candidates.extend(restored_root.cloned());
-    candidates.push(authority.org_ca.clone());
-    candidates.extend(authority.retiring.iter().map(|anchor| anchor.certificate.clone()));
+    let candidates = authority_certificates(&pki.authority(), restored_root);
     let mut after = String::new();
     loop {
         let page = rows::without_facts(tx, &after, BATCH_LEAVES).await?;
@@ -869,8 +865,46 @@ async fn refill_facts(
     }
 }
 
+/// Fills the facts of leaves that an operator's SQL has put there, so that the checks see them.
+async fn find_forgotten_facts(pki: &crate::pki::Pki) -> Result<(), UpdateError> {
+    /// Leaves that are read and judged under one lock.
+    const FORGOTTEN_LEAVES: i64 = 256;
+    if rows::facts_forgotten(&mut pki.store.read().await?, 1).await?.is_empty() {
+        return Ok(());
+    }
+    let candidates = authority_certificates(&pki.authority(), None);
+    loop {
+        let mut tx = pki.store.write().await?;
+        let page = rows::facts_forgotten(&mut tx, FORGOTTEN_LEAVES).await?;
+        let Some((last, _)) = page.last() else { return Ok(()) };
+        let mut facts = Vec::new();
+        for (agent_id, pem) in &page {
+            // An operator's SQL may have put anything there: it stays unknown.
+            if let Some(Ok(leaf)) = pem.as_deref().map(Certificate::from_pem) {
+                facts.push(CertificateFacts::of(&leaf, &candidates).row(agent_id));
+            }
+        }
+        pki_rows::set_certificate_facts(&mut tx, &facts).await?;
+        rows::facts_looked_at(&mut tx, last).await?;
+        tx.commit_unaudited().await?;
+    }
+}
+
+/// Every CA that may have signed a leaf, the likeliest first.
+fn authority_certificates(
+    authority: &crate::pki::Authority,
+    restored_root: Option<&Certificate>,
+) -> Vec<Certificate> {
+    let mut candidates: Vec<Certificate> = authority.mastio_ca.iter().cloned().collect();
+    candidates.extend(restored_root.cloned());
+    candidates.push(authority.org_ca.clone());
+    candidates.extend(authority.retiring.iter().map(|anchor| anchor.certificate.clone()));
+    candidates
+}
+
 /// Fills what older facts do not say. At boot, before the checks ask; once a database does it find anything.
 pub(super) async fn complete_facts(pki: &crate::pki::Pki) -> Result<(), UpdateError> {
+    find_forgotten_facts(pki).await?;
     let mut after = String::new();
     loop {
         let page = rows::without_profile_gaps(&mut pki.store.read().await?, &after, BATCH_LEAVES).await?;

@@ -951,6 +951,29 @@ pub async fn without_facts(
     )
 }
 
+/// Agents whose facts were forgotten, and the certificate of those who still have none.
+pub async fn facts_forgotten(
+    tx: &mut impl Query,
+    limit: i64,
+) -> Result<Vec<(String, Option<String>)>, StoreError> {
+    tx.rows(
+        "SELECT m.agent_id, a.cert_pem FROM leaves_without_facts m LEFT JOIN internal_agents a \
+         ON a.agent_id = m.agent_id \
+         AND NOT EXISTS (SELECT 1 FROM agent_certificates c WHERE c.agent_id = m.agent_id) \
+         ORDER BY m.agent_id LIMIT $1",
+        values![limit],
+    )
+    .await?
+    .iter()
+    .map(|row| Ok((row.text(0)?, row.optional_text(1)?)))
+    .collect()
+}
+
+/// Takes note that the facts of everybody up to `agent_id` have been looked at.
+pub async fn facts_looked_at(tx: &mut WriteTx, agent_id: &str) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM leaves_without_facts WHERE agent_id <= $1", values![agent_id]).await.map(drop)
+}
+
 /// A page of agents whose certificate has facts that do not say what it lacks, because they are older than that column.
 pub async fn without_profile_gaps(
     tx: &mut impl Query,

@@ -351,3 +351,48 @@ fn facts_that_are_older_than_a_check_are_filled_at_boot() {
     assert_eq!(statuses(&server, LEAF_PROFILE).as_deref(), Some("pending"));
     assert_eq!(deploy.rows(facts), before);
 }
+
+#[test]
+fn a_leaf_that_an_operator_s_sql_has_put_there_is_seen_by_the_next_detection() {
+    for on in crate::server::On::BOTH {
+        let deploy = Deploy::of("py_connector5_pending").on(on);
+        let server = deploy.start();
+        let before = PkiState::read(&deploy);
+        for id in [MIGRATION, LEAF_PROFILE] {
+            let answer = apply(&server, id);
+            assert_eq!(answer.status, 200, "{id}: {answer:?}");
+        }
+        assert_eq!(statuses(&server, LEAF_PROFILE).as_deref(), Some("applied"));
+        let (agent_id, leaf) = before.leaves.iter().next().unwrap();
+        let former = leaf.replace('\'', "''");
+        deploy.execute(&format!(
+            "UPDATE internal_agents SET cert_pem = '{former}' WHERE agent_id = '{agent_id}'; \
+             DELETE FROM pending_updates WHERE migration_id = '{LEAF_PROFILE}'"
+        ));
+        server.stop();
+        let server = deploy.start();
+        assert_eq!(statuses(&server, LEAF_PROFILE).as_deref(), Some("pending"), "on {}", on.name());
+        assert_eq!(deploy.count("SELECT COUNT(*) FROM leaves_without_facts"), 0);
+        let facts = format!("SELECT COUNT(*) FROM agent_certificates WHERE agent_id = '{agent_id}'");
+        assert_eq!(deploy.count(&facts), 1);
+    }
+}
+
+#[test]
+fn a_rolled_back_update_whose_state_is_right_all_the_same_blocks_nothing() {
+    let deploy = Deploy::of("py_healthy_pathlen1");
+    deploy.start().stop();
+    deploy.execute(&format!(
+        "INSERT INTO pending_updates (migration_id, detected_at, status) \
+         VALUES ('{MIGRATION}', '2026-04-23T19:04:21Z', 'rolled_back')"
+    ));
+    // Whoever has not looked yet waits; the detection at the boot finds the Org CA right.
+    let server = deploy.start();
+    assert_eq!(statuses(&server, MIGRATION).as_deref(), Some("rolled_back"));
+    let answer = apply(&server, LEAF_PROFILE);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    // Where the defect is there, it goes on waiting.
+    let deploy = Deploy::of("py_rolled_back");
+    let answer = apply(&deploy.start(), LEAF_PROFILE);
+    assert_eq!(answer.status, 412, "{answer:?}");
+}

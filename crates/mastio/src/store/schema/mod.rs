@@ -17,6 +17,7 @@ mod s0010_mcp_upstreams;
 mod s0011_revocation;
 mod s0012_spire;
 mod s0013_overlap;
+mod s0014_leaves_without_facts;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -53,6 +54,7 @@ pub const STEPS: &[Step] = &[
     s0011_revocation::STEP,
     s0012_spire::STEP,
     s0013_overlap::STEP,
+    s0014_leaves_without_facts::STEP,
     // The next step goes here.
 ];
 
