@@ -17,6 +17,8 @@ pub enum Kind {
     Conflict,
     /// Something else has to be done first: 412.
     OutOfOrder,
+    /// The request took too long to arrive: 408.
+    TimedOut,
     /// The request is larger than its bound: 413.
     TooLarge,
     /// Too many requests: 429.

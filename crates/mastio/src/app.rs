@@ -29,7 +29,7 @@ use crate::entropy::Entropy;
 use crate::gateway::{self, Gateway};
 use crate::health::{self, Health};
 use crate::http::authn::AdminSecret;
-use crate::http::error::{ApiError, chain};
+use crate::http::error::{ApiError, chain, envelope};
 use crate::http::json::BODY_BYTES_MAX;
 use crate::http::limits::{self, RateLimit};
 use crate::http::server::{self, Server};
@@ -273,6 +273,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let journal = journal.with_claims(claims.clone());
     let refusals = Refusals::new(journal.clone());
     let agents = Arc::new(Agents::new(Arc::clone(&pki), RateLimit::per_minute(config.rate_limit_per_minute)));
+    let by_address = limits::per_minute(config.address_rate_limit_per_minute);
     let all_together = Arc::new(RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)));
     let nonces = Arc::new(DpopNonces::open(&pki).await?);
     let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone(), nonces, config.dpop_nonce));
@@ -336,6 +337,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     ));
     let router = Router::new()
         .merge(health::routes(health))
+        .merge(crate::openapi::routes())
         .merge(pki::http::routes(Arc::clone(&pki)))
         .merge(enrollment::http::routes(Arc::clone(&agents), refusals.clone()))
         .merge(tokens::http::routes(tokens, urls, Arc::clone(&metrics), refusals.clone()))
@@ -350,8 +352,11 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         // Whoever a session stands for must be known before the guard asks: what is added later runs earlier.
         .layer(middleware::from_fn_with_state(operators, operators::http::guard))
         .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
+        .layer(middleware::from_fn_with_state(by_address, limits::by_address))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
+        .layer(middleware::from_fn_with_state(limits::room(), limits::bounded))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
+        .layer(middleware::from_fn(envelope))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn_with_state(config.trusted_front.clone(), crate::http::headers::guard));
     let (stop, stopped) = watch::channel(false);

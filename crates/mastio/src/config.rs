@@ -65,6 +65,8 @@ pub struct Config {
     pub internal_host_allowlist: Vec<String>,
     /// `MCP_PROXY_RATE_LIMIT_PER_MINUTE`: an agent's; 0 is none.
     pub rate_limit_per_minute: u32,
+    /// `MCP_PROXY_ADDRESS_RATE_LIMIT_PER_MINUTE`: a source address's over all routes; 0 is none.
+    pub address_rate_limit_per_minute: u32,
     /// `MCP_PROXY_GLOBAL_RATE_LIMIT_RPS`; none by default.
     pub global_rate_limit_rps: Option<u32>,
     /// `MCP_PROXY_DPOP_NONCE`: whether proofs at the token endpoint and the gateway need a nonce of ours.
@@ -130,6 +132,7 @@ const STRICT_PKI: &str = "MCP_PROXY_STRICT_PKI";
 const UPDATE_APPROVALS: &str = "MCP_PROXY_UPDATE_APPROVALS";
 const INTERNAL_HOST_ALLOWLIST: &str = "MCP_PROXY_INTERNAL_HOST_ALLOWLIST";
 const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
+const ADDRESS_RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_ADDRESS_RATE_LIMIT_PER_MINUTE";
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
 const DPOP_NONCE: &str = "MCP_PROXY_DPOP_NONCE";
 const EGRESS_DPOP_MODE: &str = "CULLIS_EGRESS_DPOP_MODE";
@@ -182,7 +185,7 @@ impl EgressDpop {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 23] = [
+pub const SETTINGS: [Setting; 24] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -262,6 +265,15 @@ pub const SETTINGS: [Setting; 23] = [
             "Requests that one agent may make in a minute; 0 is no limit",
         ),
         "1800",
+    ),
+    with_default(
+        setting(
+            ADDRESS_RATE_LIMIT_PER_MINUTE,
+            "address-rate-limit-per-minute",
+            "N",
+            "Requests that one source address may make in a minute, over all routes; 0 is no limit",
+        ),
+        "0",
     ),
     with_default(
         setting(
@@ -742,6 +754,11 @@ impl Values {
             )?,
             rate_limit_per_minute: self
                 .read(RATE_LIMIT_PER_MINUTE, "a whole number", |text| text.parse().ok())?,
+            address_rate_limit_per_minute: self.read(
+                ADDRESS_RATE_LIMIT_PER_MINUTE,
+                "a whole number",
+                |text| text.parse().ok(),
+            )?,
             global_rate_limit_rps: self
                 .read(GLOBAL_RATE_LIMIT_RPS, "a whole number", |text| text.parse().ok())
                 .map(|limit| Some(limit).filter(|limit| *limit > 0))?,
@@ -1018,6 +1035,7 @@ mod tests {
             (INTERNAL_HOST_ALLOWLIST, "http://tools", "separated by commas"),
             (RATE_LIMIT_PER_MINUTE, "-1", "a whole number"),
             (RATE_LIMIT_PER_MINUTE, "1.5", "a whole number"),
+            (ADDRESS_RATE_LIMIT_PER_MINUTE, "-1", "a whole number"),
             (GLOBAL_RATE_LIMIT_RPS, "many", "a whole number"),
             (DPOP_NONCE, "maybe", "true or false"),
             (EGRESS_DPOP_MODE, "bound", "off, optional or required"),

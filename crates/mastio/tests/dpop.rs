@@ -156,6 +156,42 @@ fn a_required_nonce_is_asked_for_given_and_survives_a_restart_on_postgresql() {
 }
 
 #[test]
+fn an_agent_sees_its_peers_and_that_there_are_no_models() {
+    let world = World::new(Database::Sqlite, &[]);
+    for name in ["seller", "s_ller"] {
+        world
+            .deploy
+            .admin_post("/v1/admin/agents", &json!({ "agent_name": name, "capabilities": [name] }))
+            .expect(201);
+    }
+    let peers = |query: &str| {
+        let answer = world.wire.send("GET", &format!("/v1/egress/peers{query}"), &[], "");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let peers = answer.json()["peers"].as_array().unwrap().clone();
+        peers.iter().map(|peer| peer["display_name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(peers(""), ["s_ller", "seller"], "all but oneself");
+    assert_eq!(peers("?q=S_L"), ["s_ller"]);
+    assert_eq!(peers("?limit=1"), ["s_ller"]);
+    assert_eq!(world.plain.send("GET", "/v1/egress/peers", &[], "").status, 401);
+
+    let key = Key::new();
+    let granted = world.mint(&world.assertion(), &key.proof("POST", &world.url(TOKEN), None));
+    let token = granted.json()["access_token"].as_str().unwrap().to_owned();
+    for path in ["/v1/egress/models", "/v1/models"] {
+        let proof = key.proof("GET", &world.url(path), Some(&token));
+        let headers = [("Authorization", &*format!("DPoP {token}")), ("DPoP", &proof)];
+        let answer = world.plain.send("GET", path, &headers, "");
+        assert_eq!(
+            (answer.status, answer.json()),
+            (200, json!({ "object": "list", "data": [] })),
+            "{answer:?}"
+        );
+        assert_eq!(world.plain.send("GET", path, &headers, "").status, 401, "the proof is used once");
+    }
+}
+
+#[test]
 fn a_persistent_key_is_proved_rotated_and_in_grace() {
     let world = World::new(Database::Sqlite, &[]);
     let url = world.url(&world.own_path());

@@ -15,6 +15,8 @@ pub mod jws;
 
 #[cfg(test)]
 pub(crate) mod test_keys;
+#[cfg(test)]
+mod wycheproof;
 
 use aws_lc_rs::digest;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};

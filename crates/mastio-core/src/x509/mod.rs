@@ -30,6 +30,8 @@ mod tbs;
 #[cfg(test)]
 mod tests;
 mod tlv;
+#[cfg(test)]
+mod wycheproof;
 
 use std::fmt::Write as _;
 

@@ -147,7 +147,7 @@ impl Agents {
 
     /// Takes one request from an agent's allowance. Errors: [`IdentityError::Limited`] when none is left.
     pub fn admit(&self, agent_id: &str, context: &Context) -> Result<(), IdentityError> {
-        if self.limit.admit(agent_id, context.now) { Ok(()) } else { Err(IdentityError::Limited) }
+        if self.limit.admit_told(agent_id, context) { Ok(()) } else { Err(IdentityError::Limited) }
     }
 
     async fn prove(&self, der: Option<&Arc<[u8]>>, now: UnixTime) -> Result<Arc<ProvenAgent>, IdentityError> {

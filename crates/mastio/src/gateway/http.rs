@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, Request, State};
@@ -11,7 +12,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use axum::{Router, body};
+
 use mastio_core::error::Kind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -26,6 +27,7 @@ use super::{
     Binding, BindingFilter, Gateway, GatewayError, NewResource, Resource, definition, internal_error, jsonrpc,
 };
 use crate::http::authn::AdminCaller;
+use crate::http::body::read;
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::json::{BODY_BYTES_MAX, Json};
@@ -71,9 +73,7 @@ async fn post_message(
             .into_response());
     }
     let caller = gateway.authenticate.caller(&context, &parts).await?;
-    let body = body::to_bytes(body, BODY_BYTES_MAX)
-        .await
-        .map_err(|_| ApiError::new(Kind::TooLarge, format!("request body exceeds {BODY_BYTES_MAX} bytes")))?;
+    let body = read(body, BODY_BYTES_MAX).await?;
     let (sender, mut messages) = mpsc::channel(MESSAGES_WAITING_MAX);
     let listener = Listener { sender: Some(sender), ..Listener::default() };
     let asked = Asked { context, parts, body };

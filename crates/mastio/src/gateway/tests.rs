@@ -341,6 +341,7 @@ fn router(gateway: &Arc<Gateway>) -> Router {
         peer: SocketAddr::from(([192, 0, 2, 1], 4000)),
         source: [192, 0, 2, 1].into(),
         client_certificate: None,
+        quotas: crate::http::limits::Quotas::default(),
     };
     let shared = AdminSecret::new("s3cret".to_owned());
     let operators = Operators::new(gateway.store.clone(), Arc::clone(&gateway.entropy), shared);

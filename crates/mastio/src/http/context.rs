@@ -7,6 +7,8 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use mastio_core::time::UnixMicros;
 
+use super::limits::Quotas;
+
 /// What the connection and the clock say about a request. Handlers read the clock here and nowhere else.
 #[derive(Debug, Clone)]
 pub struct Context {
@@ -22,6 +24,8 @@ pub struct Context {
     /// DER of the certificate whose key the TLS handshake proved, or a configured front in its place
     /// ([`super::front`]). Nothing else about it is known yet: path, standing and revocation are judged where an identity is needed.
     pub client_certificate: Option<Arc<[u8]>>,
+    /// The allowances that this request was counted against, for the answer's headers.
+    pub quotas: Quotas,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Context {

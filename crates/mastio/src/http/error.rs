@@ -3,7 +3,10 @@
 //! The body is `{"detail": …}` (wire contract §2). A failure on our side says nothing of its cause; the cause is
 //! in the log, with the request id.
 
+use axum::body::Body;
+use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use mastio_core::error::Kind;
 use serde_json::{Value, json};
@@ -76,6 +79,7 @@ impl ApiError {
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::Conflict => StatusCode::CONFLICT,
             Kind::OutOfOrder => StatusCode::PRECONDITION_FAILED,
+            Kind::TimedOut => StatusCode::REQUEST_TIMEOUT,
             Kind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Kind::Limited => StatusCode::TOO_MANY_REQUESTS,
             Kind::Halted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
@@ -121,6 +125,30 @@ impl IntoResponse for ApiError {
         }
         response
     }
+}
+
+/// Bytes of a refusal's text that are kept, at most.
+const REFUSAL_BYTES_MAX: usize = 16 * 1024;
+
+/// Gives the refusals of the framework itself (a method that is not there, a path or query that cannot be read) the
+/// envelope that all others have.
+pub async fn envelope(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let content_type = response.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let bare = content_type.is_none_or(|content_type| content_type.starts_with(b"text/plain"));
+    if !response.status().is_client_error() || !bare {
+        return response;
+    }
+    let (mut parts, body) = response.into_parts();
+    let text = axum::body::to_bytes(body, REFUSAL_BYTES_MAX).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let detail = match text.trim() {
+        "" => parts.status.canonical_reason().unwrap_or("refused"),
+        text => text,
+    };
+    parts.headers.remove(header::CONTENT_LENGTH);
+    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Response::from_parts(parts, Body::from(json!({ "detail": detail }).to_string()))
 }
 
 /// An error with every cause below it: `a: b: c`.

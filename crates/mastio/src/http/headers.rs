@@ -43,6 +43,7 @@ pub async fn guard(State(front): State<Front>, mut request: Request, next: Next)
     for name in spoofable {
         request.headers_mut().remove(name);
     }
+    let quotas = request.extensions().get::<Context>().map(|context| context.quotas.clone());
     let mut response = match taken {
         Ok(()) => next.run(request).await,
         Err(refusal) => refusal.into_response(),
@@ -50,6 +51,9 @@ pub async fn guard(State(front): State<Front>, mut request: Request, next: Next)
     let headers = response.headers_mut();
     for (name, value) in &SECURITY {
         headers.insert(name, value.clone());
+    }
+    if let Some(quotas) = quotas {
+        quotas.tell(headers);
     }
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response

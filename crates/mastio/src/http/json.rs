@@ -1,11 +1,11 @@
 //! Request bodies: JSON of a bounded size, or a clear refusal.
 
-use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use mastio_core::error::Kind;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
+use super::body;
 use super::error::ApiError;
 
 /// Bytes of a request body at most (wire contract §10).
@@ -13,16 +13,14 @@ pub const BODY_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// A body that is JSON of type `T`.
 ///
-/// Errors: 413 over [`BODY_BYTES_MAX`], 400 when it is not JSON, 422 when it has another shape.
+/// Errors: 413 over [`BODY_BYTES_MAX`], 408 when it is too slow, 400 when it is not JSON, 422 when it has another shape.
 pub struct Json<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
-        let bytes = Bytes::from_request(request, state).await.map_err(|_| {
-            ApiError::new(Kind::TooLarge, format!("request body exceeds {BODY_BYTES_MAX} bytes"))
-        })?;
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Self::Rejection> {
+        let bytes = body::read(request.into_body(), BODY_BYTES_MAX).await?;
         parse(&bytes).map(Self)
     }
 }

@@ -4,6 +4,7 @@
 //! [`error`] alone knows status codes.
 
 pub mod authn;
+pub mod body;
 pub mod cache;
 pub mod context;
 pub mod error;

@@ -25,7 +25,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
 
+use super::body::TimedBody;
 use super::context::Context;
+use super::limits::Quotas;
 use crate::clock::Clock;
 use crate::entropy::Entropy;
 
@@ -111,7 +113,7 @@ async fn serve(
         .and_then(|chain| chain.first())
         .map(|leaf| Arc::from(leaf.as_ref()));
     let service = router.map_request(move |request: hyper::Request<hyper::body::Incoming>| {
-        let mut request = request.map(axum::body::Body::new);
+        let mut request = request.map(|body| axum::body::Body::new(TimedBody::new(body)));
         let now = clock.now();
         request.extensions_mut().insert(Context {
             request_id: entropy.ulid(now),
@@ -119,6 +121,7 @@ async fn serve(
             peer,
             source: peer.ip(),
             client_certificate: client_certificate.clone(),
+            quotas: Quotas::default(),
         });
         request
     });

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::{self, Body, Bytes};
+use axum::body::{Body, Bytes};
 use axum::extract::{OriginalUri, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -26,6 +26,7 @@ use super::resource_servers::{self, ResourceServer, created_json};
 use super::{AccessToken, CHALLENGE_LIFETIME_S, Shown, TokenEndpointError, Tokens};
 use crate::config::EgressDpop;
 use crate::http::authn::AdminCaller;
+use crate::http::body::read;
 use crate::http::cache::cached;
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _};
@@ -65,6 +66,7 @@ impl Endpoint {
     async fn unreadable(&self, context: &Context, route: &'static str, error: ApiError) -> Response {
         let reason = match error.kind() {
             Kind::TooLarge => "body_too_large",
+            Kind::TimedOut => "body_too_slow",
             _ => "body_malformed",
         };
         self.metrics.token_refused(reason);
@@ -423,12 +425,6 @@ async fn form_body(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
         return Err(ApiError::new(Kind::Invalid, "the body must be application/x-www-form-urlencoded"));
     }
     read(body, FORM_BYTES_MAX).await
-}
-
-async fn read(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
-    body::to_bytes(body, bytes_max)
-        .await
-        .map_err(|_| ApiError::new(Kind::TooLarge, format!("request body exceeds {bytes_max} bytes")))
 }
 
 /// A refusal as OAuth clients read it (RFC 6749 §5.2), with our own `detail` beside it.
