@@ -58,7 +58,7 @@ const SUMMARISE_PERIOD: Duration = Duration::from_secs(10);
 /// How often SQLite's log is emptied into its file.
 const CHECKPOINT_PERIOD: Duration = Duration::from_secs(1);
 /// How often runs of dead replicas are looked for.
-const RECOVER_PERIOD: Duration = Duration::from_secs(5);
+const RECOVER_PERIOD: Duration = Duration::from_secs(2);
 /// How often it is written down which certificates agents present.
 const SIGHTINGS_PERIOD: Duration = Duration::from_secs(2);
 /// How often the server certificate's end is looked at.

@@ -6,6 +6,7 @@ pub mod http;
 mod store;
 
 use mastio_core::audit::chain::{ChainBreak, ChainedEvent, Head, Verifier};
+use mastio_core::audit::event::EventType;
 use serde_json::{Value, json};
 
 use crate::store::{Store, StoreError};
@@ -102,10 +103,36 @@ impl Verdict {
 
 /// Verifies the chain from its beginning to the head, with bounded memory.
 pub async fn verify(store: &Store) -> Result<Verdict, StoreError> {
+    verify_from(store, Head::genesis()).await
+}
+
+/// Verifies what was appended from the event `seq` on, which is trusted, to the head.
+pub async fn verify_since(store: &Store, seq: i64) -> Result<Verdict, StoreError> {
+    let base = store::page_forward(&mut store.read().await?, seq - 1, 1).await?;
+    verify_from(store, base.first().map_or_else(Head::genesis, Head::from)).await
+}
+
+/// Sequence number of the event of this type about a run, among the latest of the type.
+pub async fn event_of_run(
+    store: &Store,
+    event_type: EventType,
+    run_id: &str,
+) -> Result<Option<i64>, StoreError> {
+    /// Runs come one at a time: the one that is asked about is the last or near it.
+    const LATEST: i64 = 16;
+    let filter = Filter { event_type: Some(event_type.as_str().to_owned()), limit: LATEST, ..Filter::default() };
+    let rows = store::page(&mut store.read().await?, &filter).await?;
+    let of_run = |details: &str| {
+        serde_json::from_str::<Value>(details).is_ok_and(|details| details["run_id"] == run_id)
+    };
+    Ok(rows.iter().find(|row| of_run(&row.details)).map(|row| row.seq))
+}
+
+async fn verify_from(store: &Store, trusted: Head) -> Result<Verdict, StoreError> {
     let mut tx = store.read().await?;
     let expected = store::head(&mut tx).await?;
-    let mut verifier = Verifier::new();
-    let mut after = 0;
+    let mut after = trusted.sequence;
+    let mut verifier = Verifier::from(trusted);
     loop {
         let rows = store::page_forward(&mut tx, after, VERIFY_ROWS).await?;
         let Some(last) = rows.last() else { break };

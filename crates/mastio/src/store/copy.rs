@@ -299,6 +299,8 @@ const TABLES: &[Table] = &[
             "replica",
             "error",
             "#only_one",
+            "#written",
+            "#beats",
         ],
     },
     Table {
@@ -315,6 +317,7 @@ const TABLES: &[Table] = &[
             "#restores",
             "after",
             "#changes",
+            "accepted",
         ],
     },
     Table {

@@ -7,15 +7,15 @@
 
 use std::num::NonZero;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use mastio_core::x509::Certificate;
-use mastio_core::x509::path;
 use serde_json::json;
 
 use super::approval::Approval;
-use super::crash::crash_point;
+use super::crash::{crash_point, substituted};
 use super::error::UpdateError;
 use super::halt::ExemptPermit;
 use super::migration::{
@@ -23,11 +23,12 @@ use super::migration::{
     Migration, Need, RestoredAuthority, Tools,
 };
 use super::store::{self as rows, FleetCell, StagedCell, StagedFacts};
-use super::verify;
 use super::view::View;
 use super::{Direction, Phase, Progress, Updates, rehearsal};
+use super::{stored, verify};
 use crate::entropy::Entropy;
 use crate::pki::store::{self as pki_rows, CertificateFacts, config_key, hex};
+use crate::pki::{Authority, PkiError};
 use crate::store::{Query, WriteTx};
 use crate::values;
 
@@ -58,6 +59,24 @@ pub(super) struct Run<'a> {
     pub planned: Option<String>,
     /// The two operators who stand behind it, where two have to.
     pub approval: Option<Approval>,
+    /// What the run knows of its own work and does not read back.
+    pub tally: Tally,
+}
+
+/// Counts that the stored state is held to.
+#[derive(Default)]
+pub(super) struct Tally {
+    /// Cells of the fleet that are staged.
+    staged: AtomicI64,
+    /// Leaves of others without facts when the commit was made; negative: not asked.
+    foreign_without_facts: AtomicI64,
+}
+
+impl Tally {
+    /// Of a run that has done nothing yet, or whose process has died.
+    pub fn new() -> Self {
+        Self { staged: AtomicI64::new(0), foreign_without_facts: AtomicI64::new(-1) }
+    }
 }
 
 impl Run<'_> {
@@ -85,7 +104,21 @@ impl Run<'_> {
             done,
             total,
         });
-        Ok(rows::progress(tx, &self.run_id, phase.as_str(), done, total, self.now()).await?)
+        let place = (phase.as_str(), done, total);
+        if rows::progress(tx, &self.run_id, &self.updates.replica, place, self.now()).await? {
+            Ok(())
+        } else {
+            Err(UpdateError::TakenOver)
+        }
+    }
+
+    /// Whether the run may commit: nobody has closed it in the belief that this process was dead (invariant I8).
+    async fn is_still_ours(&self, tx: &mut WriteTx) -> Result<(), UpdateError> {
+        if rows::is_run_of(tx, &self.run_id, &self.updates.replica).await? {
+            Ok(())
+        } else {
+            Err(UpdateError::TakenOver)
+        }
     }
 
     async fn view(&self) -> Result<View, UpdateError> {
@@ -94,6 +127,7 @@ impl Run<'_> {
 
     /// Runs an apply to its end. `Ok(None)`: the check says that nothing is needed any more.
     pub async fn apply(&self) -> Result<Option<Outcome>, UpdateError> {
+        crash_point("apply.admitted");
         self.enter(Phase::Detect, 0, 0).await?;
         let view = self.view().await?;
         match self.migration.check(&view) {
@@ -119,12 +153,14 @@ impl Run<'_> {
         tracing::info!(migration_id = self.id(), "update_keys_ready");
         let fleet = self.fleet(fleet);
         self.stage_cells(&cells).await?;
+        crash_point("apply.prepare.part");
         if let Some(fleet) = &fleet {
             self.stage_fleet(fleet, result.as_ref(), total).await?;
         }
         crash_point("apply.prepare");
 
         self.enter(Phase::Verify, 0, total).await?;
+        crash_point("apply.verify.part");
         self.verify_staged().await?;
         crash_point("apply.verify");
 
@@ -193,6 +229,7 @@ impl Run<'_> {
         }
         rows::insert_images(&mut tx, &images).await?;
         tx.commit_unaudited().await?;
+        crash_point("apply.snapshot.part");
         total += i64::try_from(images.len()).unwrap_or(i64::MAX);
         if let Some(column) = scope.fleet {
             total += self.snapshot_fleet(column).await?;
@@ -290,6 +327,7 @@ impl Run<'_> {
             after.clone_from(&last.agent_id);
             done += i64::try_from(page.len()).unwrap_or(i64::MAX);
             self.stage_leaves(page, fleet, result, Some((done, total))).await?;
+            crash_point("apply.prepare.page");
         }
     }
 
@@ -313,7 +351,9 @@ impl Run<'_> {
         if let Some((done, total)) = progress {
             self.note(&mut tx, Phase::Prepare, done, total).await?;
         }
-        Ok(tx.commit_unaudited().await?)
+        tx.commit_unaudited().await?;
+        self.tally.staged.fetch_add(i64::try_from(staged.len()).unwrap_or(i64::MAX), Ordering::SeqCst);
+        Ok(())
     }
 
     async fn verify_staged(&self) -> Result<(), UpdateError> {
@@ -324,7 +364,20 @@ impl Run<'_> {
                 cause: None,
             });
         }
+        if let Some(column) = self.migration.scope().fleet {
+            self.is_whole(rows::staged(&mut tx, column, &self.run_id).await?, column)?;
+        }
         Ok(())
+    }
+
+    /// Whether `found` cells of the fleet are all that this run has staged.
+    fn is_whole(&self, found: i64, column: FleetColumn) -> Result<(), UpdateError> {
+        let staged = self.tally.staged.load(Ordering::SeqCst);
+        if found == staged {
+            return Ok(());
+        }
+        let what = format!("{} of {found} agents, where {staged} were prepared", column.as_str());
+        Err(UpdateError::Verification { what, cause: None })
     }
 
     /// Sees agents anew that entered, left or changed, and prepares them again, outside the lock.
@@ -337,7 +390,7 @@ impl Run<'_> {
         let Some(fleet) = fleet else { return Ok(()) };
         let store = &self.updates.pki.store;
         let mut tx = store.write().await?;
-        rows::forget_images(&mut tx, &self.run_id, agent_ids).await?;
+        let forgotten = rows::forget_images(&mut tx, &self.run_id, agent_ids).await?;
         let mut present = Vec::new();
         for agent_id in agent_ids {
             present.extend(rows::fleet_cell(&mut tx, fleet.column, agent_id).await?);
@@ -346,6 +399,7 @@ impl Run<'_> {
             present.iter().map(|cell| rows::fleet_image(&self.run_id, fleet.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
         tx.commit_unaudited().await?;
+        self.tally.staged.fetch_sub(i64::try_from(forgotten).unwrap_or(0), Ordering::SeqCst);
         for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
             self.stage_leaves(page.to_vec(), fleet, result, None).await?;
         }
@@ -388,6 +442,7 @@ impl Run<'_> {
         let pki = &self.updates.pki;
         let declaration = self.migration.declaration();
         let mut tx = pki.store.write().await?;
+        self.is_still_ours(&mut tx).await?;
         let now = self.now();
         let column = self.migration.scope().fleet;
         if let Some(column) = column.filter(|_| tx.epoch() != seen_epoch) {
@@ -408,18 +463,24 @@ impl Run<'_> {
             };
             pki_rows::add_retiring_anchor(&mut tx, replaced, key, &self.run_id, now).await?;
         }
-        for (cell, _) in cells {
-            self.write_cell(&mut tx, cell).await?;
+        for (cell, after) in cells {
+            self.write_cell(&mut tx, cell, after).await?;
         }
         let leaves = match column {
             Some(column) => rows::write_fleet(&mut tx, column, &self.run_id, now).await?,
             None => 0,
         };
+        let leaves = i64::try_from(leaves).unwrap_or(i64::MAX);
+        if let Some(column) = column {
+            self.is_whole(leaves, column)?;
+        }
+        crash_point("apply.commit.part");
         rows::settle_images(&mut tx, &self.run_id).await?;
         rows::set_applied(&mut tx, declaration, now).await?;
-        rows::set_committed(&mut tx, &self.run_id, declaration.criticality == Criticality::Critical, now)
-            .await?;
-        let leaves = i64::try_from(leaves).unwrap_or(i64::MAX);
+        let halts = declaration.criticality == Criticality::Critical;
+        rows::set_committed(&mut tx, &self.run_id, halts, leaves, now).await?;
+        let foreign = rows::foreign_without_facts(&mut tx).await?;
+        self.tally.foreign_without_facts.store(foreign, Ordering::SeqCst);
         tx.bump_epoch().await?;
         crash_point("apply.commit.before");
         tx.commit(&[self.event(
@@ -471,51 +532,84 @@ impl Run<'_> {
         }
     }
 
-    async fn write_cell(&self, tx: &mut WriteTx, cell: &Cell) -> Result<(), UpdateError> {
+    /// Writes a cell as it is staged, which has to be what was prepared.
+    async fn write_cell(&self, tx: &mut WriteTx, cell: &Cell, prepared: &After) -> Result<(), UpdateError> {
         let sealing = self.updates.pki.sealing();
-        let Some(after) = rows::image(tx, &self.run_id, cell).await?.and_then(|image| image.after) else {
-            return Ok(());
+        let staged = rows::image(tx, &self.run_id, cell).await?.and_then(|image| image.after);
+        let value = match (prepared, staged) {
+            (After::Text(text), Some(staged)) if *text == staged => Some(staged),
+            (After::Key(key), Some(staged)) => {
+                let from = rows::image_place(&self.run_id, cell, "after");
+                let opened = sealing.open_key(&from, &staged).ok();
+                match opened.filter(|opened| opened.spki_der() == key.key.spki_der()) {
+                    Some(_) => Some(sealing.move_sealed(&from, &cell.place(), &staged)?),
+                    None => None,
+                }
+            }
+            _ => None,
         };
-        let value = if cell.sealed {
-            let from = rows::image_place(&self.run_id, cell, "after");
-            sealing.move_sealed(&from, &cell.place(), &after)?
-        } else {
-            after
+        let Some(value) = value else {
+            let what = format!("{}, which is not staged as it was prepared", cell.place());
+            return Err(UpdateError::Verification { what, cause: None });
         };
         Ok(pki_rows::set_config(tx, cell.row_key, &value).await?)
+    }
+
+    /// Judges what stands in the database after the commit, with what stands in memory.
+    async fn judge_stored(&self, authority: &Authority) -> Result<(), UpdateError> {
+        let scope = self.migration.scope();
+        stored::authority(authority, self.direction, scope.has_certificates(), self.now())?;
+        stored::recorded(self.updates, self.direction, &self.run_id).await?;
+        if self.direction == Direction::Rollback {
+            return Ok(());
+        }
+        let mut tx = self.updates.pki.store.read().await?;
+        for cell in scope.cells {
+            if let Some(image) = rows::image(&mut tx, &self.run_id, cell).await?.filter(|image| image.changes)
+                && !self.still_as_written(&mut tx, &self.run_id, cell, &image).await?
+            {
+                return Err(UpdateError::StoredState(cell.place()));
+            }
+        }
+        let seen = self.tally.foreign_without_facts.load(Ordering::SeqCst);
+        let touched = rows::foreign_without_facts(&mut tx).await? - seen;
+        drop(tx);
+        if seen >= 0 && touched > 0 {
+            return Err(UpdateError::StoredState(format!("{touched} leaves of other issuers")));
+        }
+        if let Some(column) = scope.fleet {
+            stored::fleet(self.updates, column, &self.run_id).await?;
+        }
+        stored::overlap(self.updates, authority, &self.run_id).await
     }
 
     /// Takes up the new state in memory, reads the *stored* state again and judges it; then the halt lifts.
     pub async fn activate(&self) -> Result<(), UpdateError> {
         self.enter(Phase::Activate, 0, 0).await?;
         let pki = &self.updates.pki;
-        let authority = pki.refresh().await?;
+        let authority = pki.refresh().await.map_err(|error| match error {
+            PkiError::Store(_) => UpdateError::Pki(error),
+            unreadable => UpdateError::StoredState(format!("the CA, which cannot be read: {unreadable}")),
+        })?;
         crash_point(match self.direction {
             Direction::Apply => "apply.activate",
             Direction::Rollback => "rollback.activate",
         });
-        let scope = self.migration.scope();
-        if let (Direction::Apply, true, Some(mastio_ca)) =
-            (self.direction, scope.has_certificates(), &authority.mastio_ca)
-        {
-            path::verify_ca_chain(mastio_ca, &authority.org_ca, self.now())
-                .map_err(|_| UpdateError::StoredState("the intermediate under the Org CA".to_owned()))?;
-        }
-        if let (Direction::Apply, Some(column)) = (self.direction, scope.fleet) {
-            let wrong =
-                rows::fleet_not_as_written(&mut pki.store.read().await?, column, &self.run_id).await?;
-            if wrong > 0 {
-                return Err(UpdateError::StoredState(format!("{wrong} agents' {}", column.as_str())));
-            }
-        }
+        self.judge_stored(&authority).await?;
         let mut tx = pki.store.write().await?;
+        self.is_still_ours(&mut tx).await?;
         rows::finish_run(&mut tx, &self.run_id, true, None, self.now()).await?;
+        rows::overrule_earlier(&mut tx, self.id(), &self.run_id).await?;
         if self.direction == Direction::Rollback {
             rows::discard_images(&mut tx, &self.run_id).await?;
         }
         tx.bump_epoch().await?;
         tx.commit(&[self.event(EventType::UpdateVerified, json!({ "direction": self.direction.as_str() }))])
             .await?;
+        crash_point(match self.direction {
+            Direction::Apply => "apply.activated",
+            Direction::Rollback => "rollback.activated",
+        });
         pki.refresh().await?;
         // What the halt held back, and the certificate that carries the trust change to clients.
         pki.complete().await?;
@@ -527,6 +621,7 @@ impl Run<'_> {
 
     /// Runs a rollback to its end.
     pub async fn rollback(&self) -> Result<Outcome, UpdateError> {
+        crash_point("rollback.admitted");
         self.enter(Phase::Detect, 0, 0).await?;
         let store = &self.updates.pki.store;
         let mut tx = store.read().await?;
@@ -535,18 +630,28 @@ impl Run<'_> {
         if let Some(blocker) = rows::blocker(&mut tx, self.id(), &snapshot.run_id).await? {
             return Err(UpdateError::Blocked { blocker });
         }
-        if let Some(row) = rows::damaged_image(&mut tx, &snapshot.run_id).await? {
+        let committed = apply.as_ref().is_some_and(|apply| apply.committed);
+        let torn = apply.as_ref().is_some_and(|apply| !apply.committed && apply.actor == super::PREDECESSOR);
+        // Of a run that never committed nothing is restored, whatever its images read.
+        if (committed || torn)
+            && let Some(row) = rows::damaged_image(&mut tx, &snapshot.run_id).await?
+        {
             return Err(UpdateError::SnapshotDamaged { migration_id: self.id().to_owned(), row });
         }
         drop(tx);
         crash_point("rollback.detect");
-        let committed = apply.as_ref().is_some_and(|apply| apply.committed);
-        let torn = apply.as_ref().is_some_and(|apply| !apply.committed && apply.actor == super::PREDECESSOR);
         if !committed && !torn {
             return self.drop_uncommitted(&snapshot.run_id).await;
         }
         if torn {
             self.take_torn_as_committed(&snapshot.run_id).await?;
+        }
+        // Its stored state was never known to be right: what differs from what it wrote is damage, not somebody's work.
+        let damaged = apply.as_ref().is_some_and(|apply| apply.committed && !apply.verified);
+        if let Some(column) = self.migration.scope().fleet.filter(|_| damaged) {
+            let mut tx = store.write().await?;
+            rows::take_damage_as_written(&mut tx, column, &snapshot.run_id).await?;
+            tx.commit_unaudited().await?;
         }
         let restored = self.restored_authority(&snapshot.run_id, false).await?;
         let carried = match (self.migration.carry_back(restored), self.migration.scope().fleet) {
@@ -561,6 +666,7 @@ impl Run<'_> {
             None => 0,
         };
         self.enter(Phase::Prepare, 0, total).await?;
+        crash_point("rollback.prepare.part");
         if let Some(carried) = &carried {
             self.carry_back(&snapshot.run_id, carried, total).await?;
         }
@@ -571,7 +677,7 @@ impl Run<'_> {
             let seen = self.moved_since(&snapshot.run_id, carried.as_ref()).await?;
             let mut moved = seen.agent_ids;
             if moved.is_empty() {
-                match self.commit_rollback(seen.epoch, &snapshot.run_id, carried.as_ref()).await? {
+                match self.commit_rollback(seen.epoch, &snapshot.run_id, carried.as_ref(), damaged).await? {
                     Commit::Done(done) => {
                         outcome = Some(done);
                         break;
@@ -614,6 +720,7 @@ impl Run<'_> {
     /// An apply that never committed is undone by forgetting it.
     async fn drop_uncommitted(&self, apply_run: &str) -> Result<Outcome, UpdateError> {
         let mut tx = self.updates.pki.store.write().await?;
+        self.is_still_ours(&mut tx).await?;
         let now = self.now();
         rows::discard_images(&mut tx, apply_run).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
@@ -721,9 +828,11 @@ impl Run<'_> {
         seen_epoch: i64,
         apply_run: &str,
         carried: Option<&Carried>,
+        damaged: bool,
     ) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
         let mut tx = pki.store.write().await?;
+        self.is_still_ours(&mut tx).await?;
         let now = self.now();
         if let Some(Carried { column, .. }) = carried.filter(|_| tx.epoch() != seen_epoch) {
             let moved =
@@ -737,14 +846,18 @@ impl Run<'_> {
         if let Some(column) = self.migration.scope().fleet {
             restored_leaves = rows::restore_fleet(&mut tx, column, apply_run, &self.run_id, now).await?;
             carried_leaves = rows::write_fleet(&mut tx, column, &self.run_id, now).await?;
+            if damaged {
+                rows::forget_facts(&mut tx, apply_run).await?;
+            }
         }
+        crash_point("rollback.commit.part");
         let mut restored_root = None;
         for cell in self.migration.scope().cells {
             let Some(image) = rows::image(&mut tx, apply_run, cell).await?.filter(|image| image.changes)
             else {
                 continue;
             };
-            if !self.still_as_written(&mut tx, apply_run, cell, &image).await? {
+            if !damaged && !self.still_as_written(&mut tx, apply_run, cell, &image).await? {
                 // Somebody has changed it since (I3): half a CA must not come back, so none of it does.
                 return Err(UpdateError::Blocked { blocker: format!("a later change of {}", cell.place()) });
             }
@@ -780,10 +893,10 @@ impl Run<'_> {
         rows::drop_snapshot(&mut tx, self.id()).await?;
         rows::discard_images(&mut tx, apply_run).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
-        rows::set_committed(&mut tx, &self.run_id, false, now).await?;
+        let leaves = i64::try_from(restored_leaves).unwrap_or(i64::MAX);
+        rows::set_committed(&mut tx, &self.run_id, false, leaves, now).await?;
         tx.bump_epoch().await?;
         crash_point("rollback.commit.before");
-        let leaves = i64::try_from(restored_leaves).unwrap_or(i64::MAX);
         tx.commit(&[self.event(
             EventType::UpdateRolledBack,
             json!({
@@ -848,7 +961,11 @@ async fn refill_facts(
     restored_root: Option<&Certificate>,
     pki: &crate::pki::Pki,
 ) -> Result<(), UpdateError> {
-    let candidates = authority_certificates(&pki.authority(), restored_root);
+    let authority = pki.authority();
+    let mut candidates = authority_certificates(&authority, restored_root);
+    // As it stands after the restore: memory has the one before, or none where the stored one was damaged.
+    let restored_ca = pki_rows::config(tx, config_key::MASTIO_CA_CERT).await?;
+    candidates.extend(restored_ca.and_then(|pem| Certificate::from_pem(&pem).ok()));
     let mut after = String::new();
     loop {
         let page = rows::without_facts(tx, &after, BATCH_LEAVES).await?;
@@ -1000,6 +1117,7 @@ pub(super) async fn change_leaves(
             for cell in cells {
                 let row = fleet_row(cell, fleet.column)?;
                 let Some(after) = fleet.change.change(&row, &permit, &entropy)? else { continue };
+                let after = substituted(&row.agent_id, after)?;
                 verify::row(&row, &after, result, now)?;
                 staged.push(staged_cell(&row, after, result.map(|result| &result.mastio_ca)));
             }

@@ -166,6 +166,16 @@ pub enum UpdateError {
     /// The stored state did not pass the verification after the commit.
     #[error("the stored state does not pass verification at {0}: signing stays halted; roll back")]
     StoredState(String),
+    /// Another replica took this process for dead and closed the run.
+    #[error(
+        "another replica has closed this run, because this process gave no sign of life: nothing was changed here"
+    )]
+    TakenOver,
+    /// The run's process ended, or its database was away, before the commit.
+    #[error(
+        "the process or its database went away in the middle of the run: nothing was changed; apply again"
+    )]
+    Interrupted,
     /// A key that the repair needs is not here.
     #[error("the {0} key is not here")]
     KeyMissing(&'static str),
@@ -201,6 +211,31 @@ fn approval_required(migration_id: &str, direction: &str, proposed_by: Option<&s
     }
 }
 
+impl UpdateError {
+    /// Why a run failed, for those who script: stable, snake case.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Verification { .. } => "verification_failed",
+            Self::StoredState(_) => "stored_state_wrong",
+            Self::CannotCatchUp => "cannot_catch_up",
+            Self::MovedSincePlan | Self::PlanChanged { .. } => "plan_changed",
+            Self::TakenOver => "taken_over",
+            Self::Interrupted => "interrupted",
+            Self::Stopped => "stopped",
+            Self::KeyMissing(_) => "key_missing",
+            Self::Store(_) | Self::Pki(PkiError::Store(_)) => "database_unavailable",
+            _ => "failed",
+        }
+    }
+
+    /// Whether the database did not answer: the same may succeed once it is back.
+    #[must_use]
+    pub fn is_of_the_database(&self) -> bool {
+        matches!(self, Self::Store(_) | Self::Pki(PkiError::Store(_)))
+    }
+}
+
 impl Problem for UpdateError {
     fn kind(&self) -> Kind {
         match self {
@@ -229,6 +264,8 @@ impl Problem for UpdateError {
             Self::CannotCatchUp
             | Self::Verification { .. }
             | Self::StoredState(_)
+            | Self::TakenOver
+            | Self::Interrupted
             | Self::KeyMissing(_)
             | Self::NotALeaf(_)
             | Self::Stopped

@@ -6,8 +6,9 @@
 //! [`approval`] whether two operators stand behind it; [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
 //! [`settle`] ends the trust overlap that an update began; [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
 //! images. Order of an apply: admission under the lock of the audit head, then the run as a task of its own, which the
-//! caller only watches. A run that a crash has left behind is finished by the next boot: before its commit it has
-//! changed nothing and fails, after it only the activation is left.
+//! caller only watches. A run that a crash has left behind is finished by the next boot, or sooner by another replica
+//! that misses its signs of life: before its commit it has changed nothing and fails, after it only the activation is
+//! left. What stands in the database after a commit is judged by [`stored`].
 
 pub mod approval;
 mod crash;
@@ -27,6 +28,7 @@ pub mod rehearsal;
 mod settle;
 pub mod snapshots;
 pub mod store;
+mod stored;
 mod verify;
 pub mod view;
 
@@ -50,11 +52,14 @@ use halt::EnrollmentType;
 use migration::Migration;
 use rehearsal::Rehearsal;
 pub use rehearsal::{CertificateSummary, Plan};
+use store::RunRow;
 
 /// How runs that the predecessor left name their actor.
 pub const PREDECESSOR: &str = "predecessor";
-/// A run without a sign of life for so long is taken over by another replica.
-const RUN_SILENCE_S_MAX: i64 = 60;
+/// A run gives a sign of life so often.
+const BEAT_PERIOD: Duration = Duration::from_secs(2);
+/// A run that another replica saw give none for so long is finished by that one.
+const RUN_SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Between two lines of the log about one run's progress.
 const PROGRESS_LOG_PERIOD: Duration = Duration::from_secs(1);
 
@@ -170,6 +175,8 @@ pub struct Updates {
     logged_at: Mutex<Option<Instant>>,
     phase_since: Mutex<Option<(Phase, Instant)>>,
     running: AtomicBool,
+    /// Another replica's run as it was seen last, and since when it stands so, by our own steady clock.
+    sight: Mutex<Option<(RunRow, Instant)>>,
     findings: ArcSwap<Findings>,
 }
 
@@ -185,6 +192,15 @@ struct Admitted {
     run_id: String,
     planned: Option<String>,
     approval: Option<approval::Approval>,
+}
+
+/// Gives signs of life of a run until it is dropped.
+struct Heartbeat(tokio::task::JoinHandle<()>);
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// What an apply or rollback ended in.
@@ -228,8 +244,47 @@ impl Updates {
             logged_at: Mutex::new(None),
             phase_since: Mutex::new(None),
             running: AtomicBool::new(false),
+            sight: Mutex::new(None),
             findings: ArcSwap::default(),
         }
+    }
+
+    /// Has `run_id` give signs of life. One file has one server, and nobody to tell.
+    fn heartbeat(self: &Arc<Self>, run_id: &str) -> Option<Heartbeat> {
+        if self.pki.store.sqlite_path().is_some() {
+            return None;
+        }
+        let (updates, run_id) = (Arc::clone(self), run_id.to_owned());
+        Some(Heartbeat(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(BEAT_PERIOD).await;
+                if let Err(error) = updates.beat(&run_id).await {
+                    tracing::warn!(run_id, error = chain(&error), "update_run_beat_failed");
+                }
+            }
+        })))
+    }
+
+    async fn beat(&self, run_id: &str) -> Result<(), UpdateError> {
+        let mut tx = self.pki.store.write().await?;
+        store::beat(&mut tx, run_id, &self.replica, self.pki.clock.now().seconds()).await?;
+        Ok(tx.commit_unaudited().await?)
+    }
+
+    /// Whether a run has stood still, in our own sight and by our own steady clock, for longer than a live one does.
+    fn is_silent(&self, open: &RunRow) -> bool {
+        let mut sight = self.sight.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*sight {
+            Some((seen, since)) if seen == open => since.elapsed() > RUN_SILENCE_MAX,
+            _ => {
+                *sight = Some((open.clone(), Instant::now()));
+                false
+            }
+        }
+    }
+
+    fn lose_sight(&self) {
+        *self.sight.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Has the server certificate and the metrics follow every run. Once, after boot; the command line serves nothing.
@@ -556,12 +611,20 @@ impl Updates {
         let migration_id = migration.declaration().migration_id;
         tokio::spawn(async move {
             let for_run = Arc::clone(&updates);
+            let beats = updates.heartbeat(&run_id);
             // The inner task catches a panic, so that the end of the run is written down whatever happens.
             let (id, by) = (run_id.clone(), actor.clone());
             let result = tokio::spawn(async move {
-                let updates = &for_run;
-                let run =
-                    engine::Run { updates, migration, run_id: id, actor: by, direction, planned, approval };
+                let run = engine::Run {
+                    updates: &for_run,
+                    migration,
+                    run_id: id,
+                    actor: by,
+                    direction,
+                    planned,
+                    approval,
+                    tally: engine::Tally::new(),
+                };
                 match direction {
                     Direction::Apply => run.apply().await,
                     Direction::Rollback => run.rollback().await.map(Some),
@@ -570,6 +633,7 @@ impl Updates {
             .await
             .unwrap_or(Err(UpdateError::Stopped));
             let end = updates.end(migration, &run_id, direction, &actor, result).await;
+            drop(beats);
             // What the run changed may have repaired, or brought back, what another row waits for.
             if let (Ok(_), Err(error)) = (&end, updates.detect().await) {
                 tracing::warn!(migration_id, error = chain(&error), "update_detection_failed");
@@ -616,6 +680,8 @@ impl Updates {
                 self.pki.complete().await?;
                 Ok(Done { migration_id: migration_id.to_owned(), at: now })
             }
+            // The run is another replica's now, and ends there.
+            Err(UpdateError::TakenOver) => Err(UpdateError::TakenOver),
             Err(error) => {
                 self.fail(migration_id, run_id, direction, actor, &error).await?;
                 Err(error)
@@ -642,6 +708,12 @@ impl Updates {
         );
         let mut tx = self.pki.store.write().await?;
         let run = store::run_by_id(&mut tx, run_id).await?;
+        let committed = run.is_some_and(|run| run.committed);
+        if committed && error.is_of_the_database() {
+            // Nobody has seen the stored state: the run stays open, and `recover` looks again.
+            tracing::warn!(migration_id, run_id, error = chain(error), "update_activation_postponed");
+            return Ok(());
+        }
         if refused {
             store::finish_run(&mut tx, run_id, true, Some(&error.to_string()), now).await?;
             // An apply is refused before it has staged anything; a rollback may have.
@@ -653,8 +725,8 @@ impl Updates {
             Direction::Apply => ("cullis_proxy_update_apply_failed", EventType::UpdateApplyFailed),
             Direction::Rollback => ("cullis_proxy_update_rollback_failed", EventType::UpdateRollbackFailed),
         };
-        tracing::error!(migration_id, run_id, error = text, "{name}");
-        let committed = run.is_some_and(|run| run.committed);
+        let reason = error.reason();
+        tracing::error!(migration_id, run_id, reason, error = text, "{name}");
         if committed {
             // The state has changed and does not verify: the halt stays, for either direction now.
             tx.execute(
@@ -674,26 +746,21 @@ impl Updates {
             event_type,
             actor,
             migration_id,
-            json!({ "error": text, "committed": committed }),
+            json!({ "error": text, "reason": reason, "committed": committed, "run_id": run_id }),
         )])
         .await?;
         self.pki.refresh().await?;
         Ok(())
     }
 
-    /// Finishes a run that a dead process left: at boot, and now and then for other replicas' runs.
+    /// Finishes a run that a dead process left: at boot, and again and again for other replicas' runs.
     pub async fn recover(self: &Arc<Self>) -> Result<(), UpdateError> {
-        let now = self.pki.clock.now().seconds();
-        // Under the lock: PostgreSQL may still be at the last statement of the dead process, which can be its commit.
-        let mut tx = self.pki.store.write().await?;
-        let Some(open) = store::open_run(&mut tx).await? else { return Ok(()) };
-        drop(tx);
-        let ours = open.replica == self.replica;
-        let silent = now.0 - open.updated_at > RUN_SILENCE_S_MAX;
-        if self.running.load(Ordering::SeqCst) || !(ours || silent || self.pki.store.sqlite_path().is_some())
-        {
+        if self.running.load(Ordering::SeqCst) {
+            self.lose_sight();
             return Ok(());
         }
+        let Some(open) = self.orphan().await? else { return Ok(()) };
+        let _beats = self.heartbeat(&open.run_id);
         let direction = if open.direction == "apply" { Direction::Apply } else { Direction::Rollback };
         tracing::warn!(
             migration_id = open.migration_id,
@@ -713,6 +780,7 @@ impl Updates {
                 direction,
                 planned: None,
                 approval: None,
+                tally: engine::Tally::new(),
             };
             let result = run.activate().await;
             self.progress.send_replace(None);
@@ -721,7 +789,34 @@ impl Updates {
             }
             return Ok(());
         }
-        self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &UpdateError::Stopped).await
+        self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &UpdateError::Interrupted).await
+    }
+
+    /// The open run, if nobody works at it any more; it is ours from then on.
+    async fn orphan(&self) -> Result<Option<RunRow>, UpdateError> {
+        let seen = async { Ok::<_, UpdateError>(store::open_run(&mut self.pki.store.read().await?).await?) };
+        let seen = match seen.await {
+            Ok(Some(open)) => open,
+            // A database that was away has hidden signs of life too.
+            other => {
+                self.lose_sight();
+                return other;
+            }
+        };
+        let is_own = |open: &RunRow| open.replica == self.replica || self.pki.store.sqlite_path().is_some();
+        if !is_own(&seen) && !self.is_silent(&seen) {
+            return Ok(None);
+        }
+        // Under the lock: PostgreSQL may still be at the last statement of the dead process, which can be its commit.
+        let mut tx = self.pki.store.write().await?;
+        let Some(open) = store::open_run(&mut tx).await? else { return Ok(None) };
+        if self.running.load(Ordering::SeqCst) || !(is_own(&open) || open == seen) {
+            return Ok(None);
+        }
+        store::claim_run(&mut tx, &open.run_id, &self.replica, self.pki.clock.now().seconds()).await?;
+        tx.commit_unaudited().await?;
+        self.lose_sight();
+        Ok(Some(open))
     }
 
     /// Removes what finished runs have given up, a few rows at a time, so that nobody waits for it.

@@ -446,6 +446,7 @@ fn rollback_run<'a>(updates: &'a Updates, migration: &'static dyn Migration) -> 
         direction: Direction::Rollback,
         planned: None,
         approval: None,
+        tally: engine::Tally::new(),
     }
 }
 

@@ -161,6 +161,8 @@ pub struct RunRow {
     pub done: i64,
     /// How much there is.
     pub total: i64,
+    /// How many signs of life it has given.
+    pub beats: i64,
 }
 
 fn run(row: &crate::store::Row) -> Result<RunRow, StoreError> {
@@ -176,6 +178,7 @@ fn run(row: &crate::store::Row) -> Result<RunRow, StoreError> {
         updated_at: row.integer(8)?,
         done: row.integer(9)?,
         total: row.integer(10)?,
+        beats: row.integer(11)?,
     })
 }
 
@@ -184,7 +187,7 @@ pub async fn open_run(tx: &mut impl Query) -> Result<Option<RunRow>, StoreError>
     let row = tx
         .row(
             "SELECT run_id, migration_id, direction, phase, actor, committed_at, verified_at, replica, updated_at, done, \
-             total FROM update_runs WHERE finished_at IS NULL",
+             total, beats FROM update_runs WHERE finished_at IS NULL",
             &[],
         )
         .await?;
@@ -196,7 +199,7 @@ pub async fn run_by_id(tx: &mut impl Query, run_id: &str) -> Result<Option<RunRo
     let row = tx
         .row(
             "SELECT run_id, migration_id, direction, phase, actor, committed_at, verified_at, replica, updated_at, done, \
-             total FROM update_runs WHERE run_id = $1",
+             total, beats FROM update_runs WHERE run_id = $1",
             values![run_id],
         )
         .await?;
@@ -234,33 +237,74 @@ pub async fn begin_run(
     .map(drop)
 }
 
-/// Notes where a run is.
+/// Notes where a run is. False where it is not `replica`'s any more: it was silent, and another one closed it.
 pub async fn progress(
     tx: &mut WriteTx,
     run_id: &str,
-    phase: &str,
-    done: i64,
-    total: i64,
+    replica: &str,
+    (phase, done, total): (&str, i64, i64),
     now: UnixTime,
-) -> Result<(), StoreError> {
+) -> Result<bool, StoreError> {
+    let noted = tx
+        .execute(
+            "UPDATE update_runs SET phase = $3, done = $4, total = $5, updated_at = $6 \
+             WHERE run_id = $1 AND replica = $2 AND finished_at IS NULL",
+            values![run_id, replica, phase, done, total, now.0],
+        )
+        .await?;
+    Ok(noted == 1)
+}
+
+/// Gives a sign of life of a run.
+pub async fn beat(tx: &mut WriteTx, run_id: &str, replica: &str, now: UnixTime) -> Result<(), StoreError> {
     tx.execute(
-        "UPDATE update_runs SET phase = $2, done = $3, total = $4, updated_at = $5 WHERE run_id = $1 AND finished_at IS NULL",
-        values![run_id, phase, done, total, now.0],
+        "UPDATE update_runs SET beats = beats + 1, updated_at = $3 \
+         WHERE run_id = $1 AND replica = $2 AND finished_at IS NULL",
+        values![run_id, replica, now.0],
     )
     .await
     .map(drop)
 }
 
-/// Marks a run's change as committed, in the transaction that commits it. `halts`: until it is verified.
+/// Whether an open run is `replica`'s. Under the lock this decides who may commit it (invariant I8).
+pub async fn is_run_of(tx: &mut impl Query, run_id: &str, replica: &str) -> Result<bool, StoreError> {
+    let row = tx
+        .row(
+            "SELECT 1 FROM update_runs WHERE run_id = $1 AND replica = $2 AND finished_at IS NULL",
+            values![run_id, replica],
+        )
+        .await?;
+    Ok(row.is_some())
+}
+
+/// Takes over the run of a dead process.
+pub async fn claim_run(
+    tx: &mut WriteTx,
+    run_id: &str,
+    replica: &str,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_runs SET replica = $2, beats = beats + 1, updated_at = $3 WHERE run_id = $1",
+        values![run_id, replica, now.0],
+    )
+    .await
+    .map(drop)
+}
+
+/// Marks a run's change as committed, in the transaction that commits it. `halts`: until it is verified. `cells`: how
+/// many cells of the fleet it wrote.
 pub async fn set_committed(
     tx: &mut WriteTx,
     run_id: &str,
     halts: bool,
+    cells: i64,
     now: UnixTime,
 ) -> Result<(), StoreError> {
     tx.execute(
-        "UPDATE update_runs SET phase = 'activate', committed_at = $2, halts = $3, updated_at = $4 WHERE run_id = $1",
-        values![run_id, now.to_rfc3339(), halts, now.0],
+        "UPDATE update_runs SET phase = 'activate', committed_at = $2, halts = $3, written = $4, updated_at = $5 \
+         WHERE run_id = $1",
+        values![run_id, now.to_rfc3339(), halts, cells, now.0],
     )
     .await
     .map(drop)
@@ -277,6 +321,17 @@ pub async fn finish_run(
     tx.execute(
         "UPDATE update_runs SET finished_at = $2, verified_at = $3, error = $4, updated_at = $5 WHERE run_id = $1",
         values![run_id, now.to_rfc3339(), verified.then(|| now.to_rfc3339()), error, now.0],
+    )
+    .await
+    .map(drop)
+}
+
+/// Lifts the halt of earlier runs of `migration_id` that never verified: what `run_id` has verified is the state now.
+pub async fn overrule_earlier(tx: &mut WriteTx, migration_id: &str, run_id: &str) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE update_runs SET halts = 0 WHERE migration_id = $1 AND run_id <> $2 AND halts = 1 \
+         AND verified_at IS NULL",
+        values![migration_id, run_id],
     )
     .await
     .map(drop)
@@ -503,6 +558,40 @@ fn read_image(row: &crate::store::Row) -> Result<Image, StoreError> {
     })
 }
 
+/// Digest of a cell of the fleet as it was accepted, with the facts beside it; it belongs to one run and one agent.
+#[must_use]
+pub fn accepted(
+    run_id: &str,
+    column: FleetColumn,
+    agent_id: &str,
+    text: &str,
+    facts: Option<&CertificateFacts>,
+) -> String {
+    let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    let mut part = |text: &str| {
+        // Lengths in front: no two lists of parts read alike.
+        context.update(&(text.len() as u64).to_be_bytes());
+        context.update(text.as_bytes());
+    };
+    for text in [run_id, column.as_str(), agent_id, text] {
+        part(text);
+    }
+    if let Some(facts) = facts {
+        let not_after = facts.not_after.to_string();
+        for text in [
+            &facts.fingerprint,
+            &facts.spki_sha256,
+            &facts.serial,
+            &facts.issuer_key_id,
+            &not_after,
+            &facts.profile_gaps,
+        ] {
+            part(text);
+        }
+    }
+    hex(context.finish().as_ref())
+}
+
 /// Writes what a cell becomes.
 pub async fn set_cell_after(
     tx: &mut WriteTx,
@@ -632,14 +721,27 @@ pub async fn stage(
     let images: Vec<Vec<Value>> = leaves
         .iter()
         .map(|leaf| {
-            values![run_id, "internal_agents", &leaf.agent_id, column.as_str(), "", &leaf.text, 1i64].to_vec()
+            let facts = leaf.facts.as_ref().map(|facts| &facts.new);
+            let accepted = accepted(run_id, column, &leaf.agent_id, &leaf.text, facts);
+            values![
+                run_id,
+                "internal_agents",
+                &leaf.agent_id,
+                column.as_str(),
+                "",
+                &leaf.text,
+                1i64,
+                accepted
+            ]
+            .to_vec()
         })
         .collect();
     // The rows are there since the snapshot; the conflict is the rule.
     tx.insert_many(
-        "update_images (run_id, table_name, row_key, column_name, before_digest, after, changes)",
+        "update_images (run_id, table_name, row_key, column_name, before_digest, after, changes, accepted)",
         &images,
-        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET after = excluded.after, changes = 1",
+        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET after = excluded.after, changes = 1, \
+         accepted = excluded.accepted",
     )
     .await?;
     let facts: Vec<Vec<Value>> = leaves
@@ -668,7 +770,7 @@ pub async fn stage(
     .map(drop)
 }
 
-/// A serial that two leaves of a run share, or that a leaf shares with another agent's.
+/// A serial that two leaves of a run share, or that a leaf shares with another one of the same issuer.
 pub async fn duplicate_serial(tx: &mut impl Query, run_id: &str) -> Result<Option<String>, StoreError> {
     let row = tx
         .row(
@@ -676,7 +778,29 @@ pub async fn duplicate_serial(tx: &mut impl Query, run_id: &str) -> Result<Optio
             values![run_id],
         )
         .await?;
+    if let Some(row) = row {
+        return Ok(Some(row.text(0)?));
+    }
+    let row = tx
+        .row(
+            "SELECT r.serial FROM update_run_certificates r JOIN agent_certificates c ON c.serial = r.serial \
+             AND c.issuer_key_id = r.issuer_key_id AND c.fingerprint <> r.fingerprint WHERE r.run_id = $1 LIMIT 1",
+            values![run_id],
+        )
+        .await?;
     row.map(|row| row.text(0)).transpose()
+}
+
+/// How many cells of the fleet a run has staged.
+pub async fn staged(tx: &mut impl Query, column: FleetColumn, run_id: &str) -> Result<i64, StoreError> {
+    let row = tx
+        .row(
+            "SELECT COUNT(*) FROM update_images WHERE run_id = $1 AND table_name = 'internal_agents' \
+             AND column_name = $2 AND changes = 1",
+            values![run_id, column.as_str()],
+        )
+        .await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
 }
 
 /// The epoch that this view of the database stands at.
@@ -704,9 +828,17 @@ pub async fn moved(
     tx.rows(sql, values![run_id, limit]).await?.iter().map(|row| row.text(0)).collect()
 }
 
-/// Forgets the images of agents, so that they are seen anew.
-pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String]) -> Result<(), StoreError> {
+/// Forgets the images of agents, so that they are seen anew. Gives how many of them had been staged.
+pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String]) -> Result<u64, StoreError> {
+    let mut staged = 0;
     for agent_id in agent_ids {
+        staged += tx
+            .execute(
+                "DELETE FROM update_images WHERE run_id = $1 AND table_name = 'internal_agents' AND row_key = $2 \
+                 AND changes = 1",
+                values![run_id, agent_id],
+            )
+            .await?;
         tx.execute(
             "DELETE FROM update_images WHERE run_id = $1 AND table_name = 'internal_agents' AND row_key = $2",
             values![run_id, agent_id],
@@ -718,7 +850,7 @@ pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String])
         )
         .await?;
     }
-    Ok(())
+    Ok(staged)
 }
 
 /// One agent's cell as it stands, where it is in scope.
@@ -797,19 +929,126 @@ pub async fn settle_images(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreEr
     tx.execute("DELETE FROM update_images WHERE run_id = $1 AND changes = 0", values![run_id]).await.map(drop)
 }
 
-/// How many cells of the fleet that a run wrote do not read as it wrote them.
-pub async fn fleet_not_as_written(
+/// A cell of the fleet as it stands after a run's commit, and as the run accepted it.
+pub struct WrittenCell {
+    /// The agent.
+    pub agent_id: String,
+    /// Digest of what was accepted; absent in a run of an older version.
+    pub accepted: Option<String>,
+    /// The text as the run staged it, where there is no digest.
+    pub after: Option<String>,
+    /// The text as it stands.
+    pub text: Option<String>,
+    /// The facts as they stand, where the column is `cert_pem`. A leaf without them is one that somebody put there.
+    pub facts: Option<CertificateFacts>,
+}
+
+/// A page of the cells that a run wrote, after `agent_id`.
+pub async fn written_page(
     tx: &mut impl Query,
     column: FleetColumn,
     run_id: &str,
-) -> Result<i64, StoreError> {
-    // A leaf without facts is one that somebody has put there since.
+    after: &str,
+    limit: i64,
+) -> Result<Vec<WrittenCell>, StoreError> {
     let sql = fleet_sql!(column,
-        "SELECT COUNT(*) FROM update_images i LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
+        "SELECT i.row_key, i.accepted, CASE WHEN i.accepted IS NULL THEN i.after END, a." COLUMN ", c.fingerprint, \
+         c.spki_sha256, c.serial, c.issuer_key_id, c.not_after, c.profile_gaps FROM update_images i \
+         LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
          LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
-         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.changes = 1 \
-         AND (a." COLUMN " IS DISTINCT FROM i.after OR (i.column_name = 'cert_pem' AND c.agent_id IS NULL))");
-    tx.row(sql, values![run_id]).await?.ok_or(StoreError::HeadMissing)?.integer(0)
+         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' \
+         AND i.changes = 1 AND i.row_key > $2 ORDER BY i.row_key LIMIT $3");
+    tx.rows(sql, values![run_id, after, limit])
+        .await?
+        .iter()
+        .map(|row| {
+            let facts = match (column, row.optional_text(4)?) {
+                (FleetColumn::CertPem, Some(fingerprint)) => Some(CertificateFacts {
+                    fingerprint,
+                    spki_sha256: row.text(5)?,
+                    serial: row.text(6)?,
+                    issuer_key_id: row.text(7)?,
+                    not_after: row.integer(8)?,
+                    profile_gaps: row.optional_text(9)?.unwrap_or_default(),
+                }),
+                _ => None,
+            };
+            Ok(WrittenCell {
+                agent_id: row.text(0)?,
+                accepted: row.optional_text(1)?,
+                after: row.optional_text(2)?,
+                text: row.optional_text(3)?,
+                facts,
+            })
+        })
+        .collect()
+}
+
+/// How many cells of the fleet a run's commit wrote, where its version noted that.
+pub async fn written(tx: &mut impl Query, run_id: &str) -> Result<Option<i64>, StoreError> {
+    let row = tx.row("SELECT written FROM update_runs WHERE run_id = $1", values![run_id]).await?;
+    row.map(|row| row.optional_integer(0)).transpose().map(Option::flatten)
+}
+
+/// How many leaves that a run replaced are not kept as superseded: their agents would be refused.
+pub async fn not_superseded(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
+    let row = tx
+        .row(
+            "SELECT COUNT(*) FROM update_run_certificates r WHERE r.run_id = $1 AND r.old_fingerprint <> r.fingerprint \
+             AND NOT EXISTS (SELECT 1 FROM superseded_certificates s WHERE s.fingerprint = r.old_fingerprint \
+             AND s.agent_id = r.agent_id)",
+            values![run_id],
+        )
+        .await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// How many leaves that the Mastio issued bear the signature of a CA of ours that is none of `key_ids`.
+pub async fn leaves_under_another_ca(tx: &mut impl Query, key_ids: [&str; 2]) -> Result<i64, StoreError> {
+    let sql = fleet_sql!(FleetColumn::CertPem,
+        "SELECT COUNT(*) FROM agent_certificates c JOIN internal_agents a ON a.agent_id = c.agent_id \
+         WHERE c.issuer_key_id NOT IN ('', $1, $2) AND " IN_SCOPE);
+    tx.row(sql, values![key_ids[0], key_ids[1]]).await?.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// How many leaves that others issued have no facts: somebody has put them there by SQL.
+pub async fn foreign_without_facts(tx: &mut impl Query) -> Result<i64, StoreError> {
+    let row = tx
+        .row(
+            "SELECT COUNT(*) FROM internal_agents a WHERE a.enrollment_method IN ('byoca', 'spire', 'spiffe') \
+             AND a.cert_pem IS NOT NULL \
+             AND NOT EXISTS (SELECT 1 FROM agent_certificates c WHERE c.agent_id = a.agent_id)",
+            &[],
+        )
+        .await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// Takes what somebody did to a run's cells by SQL before the run was verified as what the run wrote, so that its
+/// rollback sets them back: it was never known to be right.
+pub async fn take_damage_as_written(
+    tx: &mut WriteTx,
+    column: FleetColumn,
+    run_id: &str,
+) -> Result<u64, StoreError> {
+    let sql = fleet_sql!(column,
+        "UPDATE update_images SET after = a." COLUMN " FROM internal_agents a WHERE update_images.run_id = $1 \
+         AND update_images.table_name = 'internal_agents' AND update_images.column_name = '" COLUMN "' \
+         AND update_images.changes = 1 AND a.agent_id = update_images.row_key \
+         AND a." COLUMN " IS DISTINCT FROM update_images.after AND (update_images.column_name <> 'cert_pem' \
+         OR NOT EXISTS (SELECT 1 FROM agent_certificates c WHERE c.agent_id = a.agent_id))");
+    tx.execute(sql, values![run_id]).await
+}
+
+/// Forgets the facts of the leaves that a run wrote, so that they are read anew.
+pub async fn forget_facts(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreError> {
+    tx.execute(
+        "DELETE FROM agent_certificates WHERE agent_id IN (SELECT row_key FROM update_images WHERE run_id = $1 \
+         AND table_name = 'internal_agents' AND column_name = 'cert_pem' AND changes = 1)",
+        values![run_id],
+    )
+    .await
+    .map(drop)
 }
 
 /// Checks the digests of a snapshot's public images page by page: the row that does not fit, if one does not.
@@ -908,7 +1147,7 @@ pub async fn restore_fleet(
                 "UPDATE internal_agents SET " COLUMN " = CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
                  FROM update_images i WHERE i.run_id = $1 AND i.table_name = 'internal_agents' \
                  AND i.column_name = '" COLUMN "' AND i.changes = 1 AND i.row_key = internal_agents.agent_id \
-                 AND internal_agents." COLUMN " = i.after"),
+                 AND internal_agents." COLUMN " IS NOT DISTINCT FROM i.after"),
             values![apply_run],
         )
         .await?;

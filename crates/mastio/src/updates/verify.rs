@@ -132,8 +132,8 @@ fn leaf(
             return Err(at(what));
         }
     }
+    let chain = Certificate::chain_from_pem(text).map_err(|_| at("text"))?;
     if result.leaves == LeafRule::Kept {
-        let chain = Certificate::chain_from_pem(text).map_err(|_| at("text"))?;
         if chain.first() != Some(before) || new != before {
             return Err(at("certificate, which must stay"));
         }
@@ -141,6 +141,9 @@ fn leaf(
             return Err(at("the intermediate that follows it"));
         }
     } else {
+        if chain != [new.clone(), result.mastio_ca.clone()] {
+            return Err(at("text, which has to be the leaf and the intermediate"));
+        }
         signed_anew(before, new, result).map_err(at)?;
     }
     if new.not_before() <= now && now < new.not_after() {
@@ -327,17 +330,20 @@ mod tests {
         let pki = Pki::new();
         let leaf = pki.leaf("bot", YEAR_S);
         let expected = pki.expects(&pki.ca, LeafRule::Completed);
-        assert_eq!(judged(&leaf, &pki.again(&leaf), "", &expected), "good");
+        let follows = pki.ca.to_pem();
+        assert_eq!(judged(&leaf, &pki.again(&leaf), &follows, &expected), "good");
+        let alone = judged(&leaf, &pki.again(&leaf), "", &expected);
+        assert!(alone.contains("the leaf and the intermediate"), "{alone}");
         for (after, fault) in [
             (pki.leaf("other", YEAR_S), "subject"),
             (pki.leaf("bot", YEAR_S + 1), "validity"),
             (leaf.clone(), "serial"),
         ] {
-            let found = judged(&leaf, &after, "", &expected);
+            let found = judged(&leaf, &after, &follows, &expected);
             assert!(found.contains(fault), "{found}, expected {fault}");
         }
         let stranger = Pki { leaf_spki: pki.leaf_spki.clone(), ..Pki::new() };
-        let found = judged(&leaf, &stranger.leaf("bot", YEAR_S), "", &expected);
+        let found = judged(&leaf, &stranger.leaf("bot", YEAR_S), &follows, &expected);
         assert!(found != "good", "a leaf of another intermediate");
     }
 

@@ -89,6 +89,11 @@ impl Process {
         }
     }
 
+    /// Its id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How many lines the log had when this one started.
     pub fn log_start(&self) -> usize {
         self.log_start

@@ -10,38 +10,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::points::{APPLY_POINTS, ROLLBACK_POINTS};
 use crate::rows::{KEY_IDENTIFIERS, LEAF_PROFILE, REISSUE, TAGS, apply, listed, reshaped, roll_back};
-use crate::server::{Deploy, MIGRATION, Server};
+use crate::server::{Deploy, MIGRATION, On, Server};
 use crate::state::{PkiState, open_runs, text};
 
-const APPLY_POINTS: [(&str, bool); 7] = [
-    ("apply.detect", false),
-    ("apply.snapshot", false),
-    ("apply.prepare", false),
-    ("apply.verify", false),
-    ("apply.commit.before", false),
-    ("apply.commit", true),
-    ("apply.activate", true),
-];
-const ROLLBACK_POINTS: [(&str, bool); 5] = [
-    ("rollback.detect", false),
-    ("rollback.prepare", false),
-    ("rollback.commit.before", false),
-    ("rollback.commit", true),
-    ("rollback.activate", true),
-];
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum On {
-    Sqlite,
-    Postgres,
-}
-
 /// Rows by table.
-type State = BTreeMap<&'static str, Vec<Value>>;
+pub type State = BTreeMap<&'static str, Vec<Value>>;
 
 /// Every row that an update may touch or must not, as stored. Private keys are left out: a rollback seals them anew.
-fn state(deploy: &Deploy) -> State {
+pub fn state(deploy: &Deploy) -> State {
     [
         ("config", "SELECT * FROM proxy_config WHERE key NOT LIKE '%\\_key' ESCAPE '\\' ORDER BY key"),
         ("agents", "SELECT * FROM internal_agents ORDER BY agent_id"),
@@ -80,7 +58,7 @@ fn changed(before: &[Value], after: &[Value], key: &str) -> Vec<(String, String)
     changed
 }
 
-fn status_of(server: &Server, id: &str) -> Option<String> {
+pub fn status_of(server: &Server, id: &str) -> Option<String> {
     listed(server).into_iter().find(|(listed, _)| listed == id).map(|(_, status)| status)
 }
 
@@ -222,6 +200,7 @@ fn crashes(id: &str, deploy: Deploy, on: On) {
         PkiState::read(&deploy).assert_under_one_chain();
         assert_eq!(roll_back(&server, id).status, 200, "{id} {point}");
         assert_eq!(state(&deploy), before, "{id} {point}: the way back");
+        cell(id, "apply", point, new, on);
     }
     for (point, new) in ROLLBACK_POINTS {
         let deploy = applied.copy();
@@ -234,7 +213,15 @@ fn crashes(id: &str, deploy: Deploy, on: On) {
         assert_eq!(roll_back(&server, id).status, if new { 404 } else { 200 }, "{id} {point}");
         assert_eq!(state(&deploy), before, "{id} {point}");
         assert_eq!(status_of(&server, id).as_deref(), Some("rolled_back"));
+        cell(id, "rollback", point, new, on);
     }
+    println!("{} cells", APPLY_POINTS.len() + ROLLBACK_POINTS.len());
+}
+
+/// A line of the crash matrix. `./test --no-capture -E 'test(survives_every_crash)'` prints all of it.
+fn cell(id: &str, direction: &str, point: &str, new: bool, on: On) {
+    let found = if new { "wholly new" } else { "wholly old" };
+    println!("{id:<30} {direction:<9} {point:<22} {:<10} {found}", on.name());
 }
 
 macro_rules! contract {
@@ -272,6 +259,8 @@ macro_rules! contract {
             .map(|migration| migration.declaration().migration_id)
             .collect();
         assert_eq!(lines, registered);
+        let points = APPLY_POINTS.len() + ROLLBACK_POINTS.len();
+        println!("the crash matrix has {} cells", lines.len() * points * On::BOTH.len());
     }
     };
 }

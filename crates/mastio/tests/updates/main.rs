@@ -9,16 +9,19 @@
 
 mod chains;
 mod contract;
+mod corruptions;
 mod crashes;
 mod doctor;
 mod fence;
 mod fixtures;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod points;
 mod progress;
 mod refusals;
 mod rehearsal;
 mod repairs;
+mod replicas;
 mod rows;
 mod server;
 mod settle;

@@ -309,6 +309,11 @@ impl Server {
         self.log().into_iter().find(|event| event["message"].as_str().is_some_and(|m| m.contains(text)))
     }
 
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// `kill -9`.
     pub fn kill(mut self) {
         self.process.kill9();

@@ -18,6 +18,7 @@ mod s0011_revocation;
 mod s0012_spire;
 mod s0013_overlap;
 mod s0014_leaves_without_facts;
+mod s0015_run_proof;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -55,6 +56,7 @@ pub const STEPS: &[Step] = &[
     s0012_spire::STEP,
     s0013_overlap::STEP,
     s0014_leaves_without_facts::STEP,
+    s0015_run_proof::STEP,
     // The next step goes here.
 ];
 

@@ -10,7 +10,7 @@ use crate::pki::keys::PrivateKey;
 use crate::pki::store::config_key;
 use crate::updates::crash::broken_migration;
 use crate::updates::error::UpdateError;
-use crate::updates::halt::ExemptPermit;
+use crate::updates::halt::{EnrollmentType, ExemptPermit};
 use crate::updates::migration::{
     After, Cell, ChangeSet, Criticality, Declaration, Expected, FleetAfter, FleetChange, FleetColumn,
     FleetRow, LeafRule, Migration, MigrationType, Need, Scope, Tools,
@@ -32,6 +32,17 @@ static DECLARATION: Declaration = Declaration {
     warning: None,
 };
 
+/// What is right, and newer than another replica.
+static OF_A_NEWER_VERSION: Declaration = Declaration {
+    migration_id: ID,
+    migration_type: MigrationType::CodeRefactor,
+    criticality: Criticality::Critical,
+    affects_enrollments: &[EnrollmentType::Connector],
+    description: "Known to one replica alone.",
+    requires: &[],
+    warning: None,
+};
+
 /// What is wrong with it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Broken {
@@ -43,6 +54,7 @@ enum Broken {
     PanicsInPrepare,
     ClaimsDone,
     LeaksAKey,
+    OfANewerVersion,
 }
 
 /// The one that the environment names.
@@ -56,13 +68,17 @@ pub fn chosen() -> Option<&'static dyn Migration> {
         "panics-in-prepare" => &Broken::PanicsInPrepare,
         "claims-done" => &Broken::ClaimsDone,
         "leaks-a-key" => &Broken::LeaksAKey,
+        "of-a-newer-version" => &Broken::OfANewerVersion,
         _ => return None,
     })
 }
 
 impl Migration for Broken {
     fn declaration(&self) -> &'static Declaration {
-        &DECLARATION
+        match self {
+            Self::OfANewerVersion => &OF_A_NEWER_VERSION,
+            _ => &DECLARATION,
+        }
     }
 
     fn scope(&self) -> Scope {
@@ -78,6 +94,7 @@ impl Migration for Broken {
         let needed = match self {
             Self::PanicsInCheck => panic!("a check that panics"),
             Self::NotIdempotent => true,
+            Self::OfANewerVersion => view.row_status.as_deref() != Some("applied"),
             Self::ChangesAPreservedField => view.has_incomplete_leaves,
             _ => view.has_old_tags,
         };
