@@ -18,7 +18,7 @@ const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 const settings = JSON.parse(process.argv[2]);
 const { url, secret, migration } = settings;
 const update = `/proxy/updates/${migration}`;
-const pages = ["/proxy", "/proxy/updates", update, "/proxy/agents", "/proxy/enrollments", "/proxy/pki", "/proxy/mastio-key", "/proxy/audit", "/proxy/settings"];
+const pages = ["/proxy", "/proxy/updates", update, "/proxy/agents", "/proxy/enrollments", "/proxy/tools", "/proxy/pki", "/proxy/mastio-key", "/proxy/audit", "/proxy/settings"];
 
 const browser = await chromium.launch({
   executablePath: process.env.MASTIO_TEST_CHROMIUM,

@@ -18,8 +18,11 @@ use mastio_core::x509::csr::CertificateRequest;
 use mastio_core::x509::{Certificate, identity, spki_der_from_pem};
 use serde_json::{Value, json};
 
+/// What is done with arbitrary bytes. It may refuse them in any way but by a panic.
+pub type Target = fn(&[u8]);
+
 /// Every target by its name, which is that of its corpus too.
-pub const TARGETS: [(&str, fn(&[u8])); 11] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("json", json_text),
     ("jws", jws),
     ("jwk", jwk),
@@ -122,11 +125,10 @@ fn dpop_claims(data: &[u8]) {
 
 fn client_assertion(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    for parsed in [UnverifiedAssertion::parse(text), UnverifiedAssertion::parse_standard(text)] {
-        if let Ok(assertion) = parsed {
-            assert!(assertion.chain_der().len() <= 6);
-            let _verified = assertion.verify(&KEY.1.spki_der(), NOW);
-        }
+    let parsed = [UnverifiedAssertion::parse(text), UnverifiedAssertion::parse_standard(text)];
+    for assertion in parsed.into_iter().flatten() {
+        assert!(assertion.chain_der().len() <= 6);
+        let _verified = assertion.verify(&KEY.1.spki_der(), NOW);
     }
 }
 

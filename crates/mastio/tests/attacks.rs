@@ -589,6 +589,8 @@ fn tokens(world: &mut World) {
     let url = world.url(MCP);
     let mine = world.token(&world.alice, &key);
     let proof = |token: &str| key.proof("POST", &url, Some(token));
+    // A token from before its agent was made is nobody's: the forger's are older than this test.
+    world.deploy.sql("UPDATE internal_agents SET created_at = '2026-01-01T00:00:00Z'");
     // The forger forges well: what is not changed is accepted.
     let forged = world.forged(&key, &json!({}), &json!({}));
     assert_eq!(world.use_token(&forged, &proof(&forged)).status, 200);

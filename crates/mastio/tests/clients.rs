@@ -27,10 +27,16 @@ fn judges() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../judges")
 }
 
+/// Whether a client has connected, or what it said instead.
+type Outcome = Result<(), String>;
+
+/// Connects to a port of localhost, verified by a CA file.
+type Connect = Box<dyn Fn(u16, &Path) -> Outcome>;
+
 /// A client that connects to localhost and verifies the server by a CA file.
 struct Client {
     name: String,
-    connect: Box<dyn Fn(u16, &Path) -> Result<(), String>>,
+    connect: Connect,
 }
 
 /// A program that ends well when it has connected and verified.
@@ -197,8 +203,7 @@ fn every_client_goes_on_with_the_files_it_has_until_the_overlap_ends() {
         return;
     };
     let clients = clients();
-    let mut cells: Vec<[[Option<Result<(), String>>; 4]; 3]> =
-        clients.iter().map(|_| Default::default()).collect();
+    let mut cells: Vec<[[Option<Outcome>; 4]; 3]> = clients.iter().map(|_| Default::default()).collect();
     let mut look = |deploy: &Deploy, stage: usize, roots: [Option<&Path>; 3]| {
         for (client, cells) in clients.iter().zip(&mut cells) {
             for (cell, ca) in cells.iter_mut().zip(roots) {

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 15] = [
+const PAGES: [&str; 16] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -26,6 +26,7 @@ const PAGES: [&str; 15] = [
     "/proxy/agents/acme::agent-0001",
     "/proxy/enrollments",
     "/proxy/enrollments?status=rejected",
+    "/proxy/tools",
     "/proxy/pki",
     "/proxy/mastio-key",
     "/proxy/audit",
@@ -124,15 +125,16 @@ fn no_route_tells_or_changes_anything_without_a_session() {
     let routes: Vec<&str> =
         source.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
     assert!(routes.len() > 12, "{routes:?}");
-    let open = ["/proxy/login", "/proxy/assets/{name}"];
+    let open = ["/proxy/login", "/proxy/setup", "/proxy/assets/{name}"];
     for route in routes.into_iter().filter(|route| !open.contains(route)) {
         let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
         let path = path.replace("{seq}", "1").replace("{session_id}", "no-such-request");
+        let path = path.replace("{tool_id}", "no-such-tool").replace("{upstream_id}", "no-such-server");
         assert!(!path.contains('{'), "{route}: say in this test what it names");
         for arguments in [&[][..], &["-d", "confirm=yes"]] {
             let answer = deploy.curl(&path, arguments);
-            assert!(matches!(answer.status, 303 | 405), "{path} {arguments:?}: {answer:?}");
-            assert!(answer.body.is_empty(), "{path} {arguments:?}: {answer:?}");
+            let untold = ["", r#"{"detail":"Method Not Allowed"}"#].contains(&answer.body.as_str());
+            assert!(matches!(answer.status, 303 | 405) && untold, "{path} {arguments:?}: {answer:?}");
         }
     }
     assert_eq!(status(&deploy), "pending");

@@ -214,7 +214,7 @@ fn a_persistent_key_is_proved_rotated_and_in_grace() {
     assert_eq!((by(&second).status, by(&first).status, by(&third).status), (200, 200, 401));
     let until = "previous_grace_period_expires_at";
     world.deploy.sql(&format!("UPDATE internal_agents SET {until} = '2026-01-01T00:00:00Z'"));
-    let _seen = harness::wait_for("the end of the grace", || (by(&first).status == 401).then_some(()));
+    harness::wait_for("the end of the grace", || (by(&first).status == 401).then_some(()));
     assert_eq!(by(&second).status, 200);
 
     let strict = World::new(Database::Sqlite, &[("CULLIS_EGRESS_DPOP_MODE", "required")]);

@@ -956,7 +956,9 @@ fn failed_apply(walk: &mut Walk) {
     let (_, token) = plan.split_once("name=\"csrf_token\" value=\"").unwrap();
     let token = format!("csrf_token={}", token.split('"').next().unwrap());
     walk.dashboard(&review, &["-d", "confirm=yes", "-d", &token]);
-    wait_for("the apply from the dashboard", || (walk.row("status") == "applied").then_some(()));
+    wait_for("the apply from the dashboard", || {
+        (walk.row("status") == "applied" && !walk.deploy.is_halted()).then_some(())
+    });
     walk.proven("applied from the dashboard");
     let second = walk.deploy.sql(snapshot);
     assert!(!first.is_empty() && !second.is_empty() && first != second);

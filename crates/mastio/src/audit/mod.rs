@@ -120,7 +120,8 @@ pub async fn event_of_run(
 ) -> Result<Option<i64>, StoreError> {
     /// Runs come one at a time: the one that is asked about is the last or near it.
     const LATEST: i64 = 16;
-    let filter = Filter { event_type: Some(event_type.as_str().to_owned()), limit: LATEST, ..Filter::default() };
+    let filter =
+        Filter { event_type: Some(event_type.as_str().to_owned()), limit: LATEST, ..Filter::default() };
     let rows = store::page(&mut store.read().await?, &filter).await?;
     let of_run = |details: &str| {
         serde_json::from_str::<Value>(details).is_ok_and(|details| details["run_id"] == run_id)

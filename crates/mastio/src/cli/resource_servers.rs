@@ -42,8 +42,7 @@ pub(super) async fn run(command: ResourceServersCommand) -> Result<(), Failure> 
                 Way::InProcess(config) => local::list_resource_servers(&config).await?,
             };
             show(&target, &list, |list| {
-                let rows: Vec<String> =
-                    list.as_array().into_iter().flatten().map(|row| table::fields(row)).collect();
+                let rows: Vec<String> = list.as_array().into_iter().flatten().map(table::fields).collect();
                 if rows.is_empty() { "no resource servers".to_owned() } else { rows.join("\n") }
             })
         }

@@ -727,7 +727,7 @@ impl Gateway {
         let params = if tool.name == tool.upstream_name {
             call.params.clone()
         } else {
-            jsonrpc::with_member(&call.params, "name", &*to_raw_value(&tool.upstream_name)?)?
+            jsonrpc::with_member(&call.params, "name", &to_raw_value(&tool.upstream_name)?)?
         };
         Ok(Step::Relay(Box::new(Relay {
             id: id.clone(),
@@ -861,7 +861,7 @@ impl Gateway {
         let asked_all = links.into_iter().map(|link| async {
             for (method, member, key) in lists {
                 let items = self.pages(&link, caller, speaker, method, member, &trace).await;
-                let has = |item: &Box<RawValue>| {
+                let has = |item: &RawValue| {
                     let found = jsonrpc::members(item)
                         .into_iter()
                         .find(|(name, _)| name == key)
@@ -874,7 +874,7 @@ impl Gateway {
                         _ => found == target,
                     })
                 };
-                if items.iter().any(has) {
+                if items.iter().any(|item| has(item)) {
                     return Some(link);
                 }
             }

@@ -214,7 +214,7 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[("dry_run", "boolean", "Only say what it would do")],
         headers: &[],
         input: Input::Json(r#"{"confirm":true}"#),
-        answer: Answer::Json(200, r#"{"settled":true}"#),
+        answer: Answer::Json(200, r#"{"settled?":true}"#),
         errors: &[400, 401, 403, 409],
     },
     Operation {

@@ -498,7 +498,7 @@ fn describe(endpoint: &Endpoint, headers: &HeaderMap, of: impl FnOnce(&str) -> V
     match endpoint.base(headers) {
         Ok(base) => {
             let mut response =
-                cached(headers, &of(&base).to_string(), "application/json", "public, max-age=60");
+                cached(headers, of(&base).to_string(), "application/json", "public, max-age=60");
             response.headers_mut().insert(header::VARY, HeaderValue::from_static("host"));
             response
         }

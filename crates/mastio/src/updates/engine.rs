@@ -986,8 +986,14 @@ async fn refill_facts(
 async fn find_forgotten_facts(pki: &crate::pki::Pki) -> Result<(), UpdateError> {
     /// Leaves that are read and judged under one lock.
     const FORGOTTEN_LEAVES: i64 = 256;
-    if rows::facts_forgotten(&mut pki.store.read().await?, 1).await?.is_empty() {
-        return Ok(());
+    {
+        let mut tx = pki.store.read().await?;
+        // What stands where a stored state is wrong is for the rollback to set back, not for the checks to judge.
+        if rows::facts_forgotten(&mut tx, 1).await?.is_empty()
+            || !rows::unverified_runs(&mut tx).await?.is_empty()
+        {
+            return Ok(());
+        }
     }
     let candidates = authority_certificates(&pki.authority(), None);
     loop {

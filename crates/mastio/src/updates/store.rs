@@ -990,13 +990,15 @@ pub async fn written(tx: &mut impl Query, run_id: &str) -> Result<Option<i64>, S
     row.map(|row| row.optional_integer(0)).transpose().map(Option::flatten)
 }
 
-/// How many leaves that a run replaced are not kept as superseded: their agents would be refused.
+/// How many leaves that a run replaced are not kept as superseded: their agents would be refused. Where an operator's SQL
+/// has given two agents one leaf, it is kept for one of them, for it names only one.
 pub async fn not_superseded(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
     let row = tx
         .row(
             "SELECT COUNT(*) FROM update_run_certificates r WHERE r.run_id = $1 AND r.old_fingerprint <> r.fingerprint \
              AND NOT EXISTS (SELECT 1 FROM superseded_certificates s WHERE s.fingerprint = r.old_fingerprint \
-             AND s.agent_id = r.agent_id)",
+             AND (s.agent_id = r.agent_id OR EXISTS (SELECT 1 FROM update_run_certificates o WHERE o.run_id = r.run_id \
+             AND o.old_fingerprint = r.old_fingerprint AND o.agent_id = s.agent_id)))",
             values![run_id],
         )
         .await?;

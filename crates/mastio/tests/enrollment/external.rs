@@ -192,7 +192,10 @@ fn through_an_update(database: Database) {
     let mut deploy = deploy.on(database);
     deploy.start();
     deploy.sql("UPDATE pending_updates SET status = 'rolled_back'");
-    wait_for("the halt to be lifted", || (!deploy.is_halted()).then_some(()));
+    let probe = json!({ "agent_name": "probe", "capabilities": [] });
+    wait_for("signing to go on", || {
+        (deploy.admin_post("/v1/admin/agents", &probe).status == 201).then_some(())
+    });
     let upstream = Upstream::start();
     let key = ClientKey::new();
     let old = under_org_ca(&deploy, "ledger", &key.private_pem());

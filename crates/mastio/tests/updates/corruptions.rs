@@ -68,10 +68,8 @@ macro_rules! of_run {
 const STAGED: [(&str, &str, &str); 13] = [
     (
         "two leaves share a serial",
-        concat!(
-            "UPDATE update_run_certificates SET serial = (SELECT MAX(serial) FROM update_run_certificates \
-             WHERE agent_id = 'acme::agent-0003')"
-        ),
+        "UPDATE update_run_certificates SET serial = (SELECT MAX(serial) FROM update_run_certificates \
+             WHERE agent_id = 'acme::agent-0003')",
         "which two leaves share",
     ),
     (
@@ -218,7 +216,7 @@ const STORED: [(&str, &str, &str); 15] = [
             of_run!("before", "mastio_ca_cert"),
             " WHERE key = 'mastio_ca_cert'"
         ),
-        "the intermediate under the Org CA",
+        "the intermediate under the Org CA | proxy_config/mastio_ca_cert/value",
     ),
     (
         "the intermediate is missing",
@@ -322,7 +320,8 @@ impl Bench {
         let failure = self.failure();
         let error = text(&failure, "error");
         assert_eq!(failure["reason"], reason, "{what}: {error}");
-        assert!(error.contains(said), "{what}: {error}");
+        // What is read anew and what memory has are two ways to find one fault; either may be first.
+        assert!(said.split(" | ").any(|place| error.contains(place)), "{what}: {error}");
         assert!(self.server.halted(), "{what}: the halt was lost");
         error
     }

@@ -43,7 +43,7 @@ const KILL_AGENTS: usize = 2000;
 const CALLERS: usize = 4;
 /// How often a process is killed, on both databases and in both directions together, where `MASTIO_TEST_KILLS` does not
 /// say.
-const KILLS: u32 = 16;
+const KILLS: u32 = 8;
 /// A row of a newer version: it halts before, during and after every rollback here, and no crash may lose it.
 const OTHER_HALT: &str = "INSERT INTO pending_updates (migration_id, detected_at, status) \
      VALUES ('2027-01-01-of-a-newer-version', '2027-01-01T00:00:00Z', 'pending')";

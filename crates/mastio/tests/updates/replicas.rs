@@ -202,10 +202,11 @@ fn a_halt_reaches_every_replica_within_a_second_and_no_token_slips_between() {
             callers.push(runtime.spawn(hammer(agent, tally.clone(), Arc::clone(&stop))));
         }
     }
-    let sum = |which: fn(&(Arc<AtomicU64>, Arc<AtomicU64>)) -> &Arc<AtomicU64>| -> Vec<u64> {
+    type Which = fn(&(Arc<AtomicU64>, Arc<AtomicU64>)) -> &Arc<AtomicU64>;
+    let sum = |which: Which| -> Vec<u64> {
         tallies.iter().map(|tally| which(tally).load(Ordering::SeqCst)).collect()
     };
-    let every = |which: fn(&(Arc<AtomicU64>, Arc<AtomicU64>)) -> &Arc<AtomicU64>, by: u64| -> Duration {
+    let every = |which: Which, by: u64| -> Duration {
         let from = sum(which);
         until("every replica", Duration::from_secs(60), || {
             sum(which).iter().zip(&from).all(|(now, from)| *now >= from + by)
