@@ -500,6 +500,66 @@ fn the_page_s_story_by_mouse_on_postgresql() {
     by_mouse(Database::Postgres);
 }
 
+#[test]
+fn a_server_s_tools_are_registered_approved_and_bound_by_forms() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let created = deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "caller" })).expect(201);
+    let agent_id = created["agent_id"].as_str().unwrap();
+    let upstream = Upstream::start();
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    assert!(browser.get("/proxy/tools").body.contains("No server has been looked at yet"));
+    let token = format!("csrf_token={}", browser.csrf_token());
+    let send = |path: &str, fields: &[(&str, &str)], status: u16| {
+        let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let mut arguments = vec!["--data-urlencode", token.as_str()];
+        arguments.extend(fields.iter().flat_map(|field| ["--data-urlencode", field.as_str()]));
+        let answer = browser.ask(path, &arguments);
+        assert_eq!(answer.status, status, "{path} {fields:?}: {}", answer.body);
+        answer.body
+    };
+    send("/proxy/tools/servers", &[("name", "echoes"), ("endpoint_url", upstream.url())], 303);
+    let refused = send("/proxy/tools/servers", &[("name", "no name"), ("endpoint_url", "nowhere")], 422);
+    assert!(refused.contains("name"), "{refused}");
+
+    let list = browser.get("/proxy/tools").body;
+    let (_, rest) = list.split_once("href=\"/proxy/tools/").unwrap_or_else(|| panic!("no tool in {list}"));
+    let page = format!("/proxy/tools/{}", rest.split('"').next().unwrap());
+    let shown = |part: &str| {
+        let body = browser.get(&page).body;
+        assert!(body.contains(part), "{part} in {body}");
+        body
+    };
+    let body = shown(">proposed<");
+    assert!(body.contains("Returns its arguments.") && body.contains("Nobody yet."), "{body}");
+    let (_, digest) = body.split_once("name=\"digest\" value=\"").unwrap();
+    let digest = digest.split('"').next().unwrap();
+    // What the page has not shown is not approved.
+    send(&format!("{page}/approve"), &[("digest", "00")], 409);
+    send(&format!("{page}/approve"), &[("digest", digest)], 303);
+    shown(">approved<");
+    send(&format!("{page}/limits"), &[("required_capability", "echo"), ("calls_per_minute", "60")], 303);
+    shown("value=\"60\"");
+    send(&format!("{page}/limits"), &[("calls_per_minute", "many")], 400);
+    send(&format!("{page}/bind"), &[("agent_id", "nobody")], 404);
+    send(&format!("{page}/bind"), &[("agent_id", agent_id)], 303);
+    let body = shown(agent_id);
+    let (_, binding) = body.split_once("name=\"binding_id\" value=\"").unwrap();
+    send(&format!("{page}/unbind"), &[("binding_id", binding.split('"').next().unwrap())], 303);
+    shown("Nobody yet.");
+    send(&format!("{page}/block"), &[], 303);
+    shown(">blocked<");
+
+    let (_, server) = list.split_once("action=\"/proxy/tools/servers/").unwrap();
+    let server = format!("/proxy/tools/servers/{}", server.split('/').next().unwrap());
+    send(&format!("{server}/look"), &[], 303);
+    send(&format!("{server}/delete"), &[("confirm", "another")], 400);
+    send(&format!("{server}/delete"), &[("confirm", "echoes")], 303);
+    assert_eq!(browser.get(&page).status, 404);
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
 /// Two clients of the SDK wait for what an operator decides by hand.
 #[test]
 fn an_operator_decides_over_enrollments_while_the_sdk_waits() {
