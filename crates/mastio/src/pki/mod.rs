@@ -32,7 +32,7 @@ use tokio::sync::{Mutex, watch};
 
 use crate::clock::Clock;
 use crate::entropy::Entropy;
-use crate::store::Store;
+use crate::store::{ReadTx, Store};
 use crate::updates::halt::{self, Gate, Halted, Permit, SignPermit};
 pub use error::PkiError;
 use keys::{PrivateKey, SealingKey};
@@ -288,6 +288,16 @@ impl Pki {
         self.look().await
     }
 
+    /// Reads state and halt anew, whether or not the epoch has moved: for whoever judges what is stored. Not every row that
+    /// belongs to the image moves the epoch when SQL changes it.
+    pub async fn reload(&self) -> Result<Arc<Authority>, PkiError> {
+        let _one_at_a_time = self.refreshing.lock().await;
+        let looked = Instant::now();
+        let mut tx = self.store.read().await?;
+        let halt = halt::read(&mut tx).await?;
+        self.take_up(tx, halt, looked).await
+    }
+
     /// The image to judge identities by: no older than [`IMAGE_AGE_MAX`], so that [`Self::everywhere`] can promise that
     /// what was taken back is taken back on every replica.
     ///
@@ -324,6 +334,16 @@ impl Pki {
             self.confirmed.store(Arc::new(looked));
             return Ok(present);
         }
+        self.take_up(tx, halt, looked).await
+    }
+
+    async fn take_up(
+        &self,
+        mut tx: ReadTx,
+        halt: halt::Halt,
+        looked: Instant,
+    ) -> Result<Arc<Authority>, PkiError> {
+        let present = self.authority();
         let authority = Arc::new(store::load(&mut tx, &self.sealing, halt.epoch, &present.opened).await?);
         drop(tx);
         let epoch = halt.epoch;

@@ -142,13 +142,7 @@ fn halting(reason: &HaltReason) -> Option<Finding> {
     match reason {
         // The row, and the run, each have a finding of their own.
         HaltReason::PendingMigration { .. } | HaltReason::UnverifiedRun { .. } => None,
-        HaltReason::FailedCheck { migration_id } => Some(Finding::act(
-            "check_failed",
-            migration_id,
-            what,
-            "look for cullis_proxy_update_check_failed in the log; restart once its cause is gone, or run the version \
-             that corrects the check",
-        )),
+        HaltReason::FailedCheck { migration_id } => Some(check_failed(migration_id, what)),
         HaltReason::StagedRotation { kid } => Some(Finding::act(
             "rotation_staged",
             kid,
@@ -156,6 +150,16 @@ fn halting(reason: &HaltReason) -> Option<Finding> {
             "decide the rotation of the token key: activate the staged key, or drop it",
         )),
     }
+}
+
+fn check_failed(migration_id: &str, what: String) -> Finding {
+    Finding::act(
+        "check_failed",
+        migration_id,
+        what,
+        "look for cullis_proxy_update_check_failed in the log; restart once its cause is gone, or run the version that \
+         corrects the check",
+    )
 }
 
 fn unverified(run: &store::UnverifiedRun) -> Finding {
@@ -243,6 +247,13 @@ impl Updates {
                 findings.extend(self.disagreement(&row.migration_id).await?);
             }
         }
+        // One that is critical halts, and is found in the database.
+        let halting =
+            |id: &str| findings.iter().any(|found| found.finding == "check_failed" && found.subject == id);
+        let failing: Vec<String> =
+            self.findings().failing.iter().filter(|id| !halting(id)).cloned().collect();
+        findings
+            .extend(failing.iter().map(|id| check_failed(id, "its check stopped unexpectedly".to_owned())));
         Ok(report(&findings))
     }
 

@@ -578,7 +578,7 @@ impl Run<'_> {
             return Err(UpdateError::StoredState(format!("{touched} leaves of other issuers")));
         }
         if let Some(column) = scope.fleet {
-            stored::fleet(self.updates, column, &self.run_id).await?;
+            stored::fleet(self.updates, column, self.direction, &self.run_id).await?;
         }
         stored::overlap(self.updates, authority, &self.run_id).await
     }
@@ -587,7 +587,7 @@ impl Run<'_> {
     pub async fn activate(&self) -> Result<(), UpdateError> {
         self.enter(Phase::Activate, 0, 0).await?;
         let pki = &self.updates.pki;
-        let authority = pki.refresh().await.map_err(|error| match error {
+        let authority = pki.reload().await.map_err(|error| match error {
             PkiError::Store(_) => UpdateError::Pki(error),
             unreadable => UpdateError::StoredState(format!("the CA, which cannot be read: {unreadable}")),
         })?;

@@ -991,11 +991,13 @@ pub async fn written(tx: &mut impl Query, run_id: &str) -> Result<Option<i64>, S
 }
 
 /// How many leaves that a run replaced are not kept as superseded: their agents would be refused. Where an operator's SQL
-/// has given two agents one leaf, it is kept for one of them, for it names only one.
+/// has given two agents one leaf, it is kept for one of them, for it names only one. Of an agent that was deleted since
+/// nothing is kept.
 pub async fn not_superseded(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
     let row = tx
         .row(
-            "SELECT COUNT(*) FROM update_run_certificates r WHERE r.run_id = $1 AND r.old_fingerprint <> r.fingerprint \
+            "SELECT COUNT(*) FROM update_run_certificates r JOIN internal_agents a ON a.agent_id = r.agent_id \
+             WHERE r.run_id = $1 AND r.old_fingerprint <> r.fingerprint \
              AND NOT EXISTS (SELECT 1 FROM superseded_certificates s WHERE s.fingerprint = r.old_fingerprint \
              AND (s.agent_id = r.agent_id OR EXISTS (SELECT 1 FROM update_run_certificates o WHERE o.run_id = r.run_id \
              AND o.old_fingerprint = r.old_fingerprint AND o.agent_id = s.agent_id)))",

@@ -207,7 +207,7 @@ const STORED: [(&str, &str, &str); 15] = [
             of_run!("before", "org_ca_cert"),
             " WHERE key = 'org_ca_cert'"
         ),
-        "the Org CA, whose key is another one",
+        "the Org CA, whose key is another one | proxy_config/org_ca_cert/value",
     ),
     (
         "the intermediate is the former one",

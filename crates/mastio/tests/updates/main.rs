@@ -12,10 +12,12 @@ mod contract;
 mod corruptions;
 mod crashes;
 mod doctor;
+mod faults;
 mod fence;
 mod fixtures;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod life;
 mod points;
 mod progress;
 mod refusals;

@@ -203,6 +203,14 @@ impl Deploy {
         }
     }
 
+    /// The address of its PostgreSQL database.
+    pub fn url(&self) -> &str {
+        match &self.database {
+            Database::Sqlite => panic!("a file has no address"),
+            Database::Postgres(url) => url,
+        }
+    }
+
     /// Rows of a query, asked by the database's own command line, as an operator would.
     pub fn rows(&self, sql: &str) -> Vec<Value> {
         match &self.database {
