@@ -4,14 +4,13 @@
 //! the order of their members; a number spelled otherwise counts as a change. A definition is data: nobody renders it.
 //! Source: RFC 8785 for the order of members and the form of strings.
 
-use std::fmt::Write as _;
-
 use aws_lc_rs::digest::{SHA256, digest};
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::jsonrpc;
+use crate::pki::store::hex;
 
 /// Bytes of a definition at most.
 pub const DEFINITION_BYTES_MAX: usize = 64 * 1024;
@@ -103,11 +102,7 @@ fn string(value: &str, text: &mut String) {
 /// SHA-256 of `text` in hex.
 #[must_use]
 pub fn sha256_hex(text: &[u8]) -> String {
-    digest(&SHA256, text).as_ref().iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _infallible = write!(hex, "{byte:02x}");
-        hex
-    })
+    hex(digest(&SHA256, text).as_ref())
 }
 
 /// One place where two definitions differ.

@@ -2,11 +2,10 @@
 //!
 //! Source: W3C Trace Context §3.2 and §3.3; MCP 2026-07-28, OpenTelemetry trace context.
 
-use std::fmt::Write as _;
-
 use axum::http::HeaderMap;
 
 use crate::entropy::Entropy;
+use crate::pki::store::hex;
 
 /// Bytes of a `tracestate` at most; a longer one is dropped (Trace Context §3.3.1.5 asks for 512).
 const STATE_BYTES_MAX: usize = 512;
@@ -82,14 +81,6 @@ fn parse(text: &str) -> Option<(String, String)> {
 
 fn is_state(text: &str) -> bool {
     text.len() <= STATE_BYTES_MAX && text.bytes().all(|byte| (0x20..=0x7e).contains(&byte))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _infallible = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]
