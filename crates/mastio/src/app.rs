@@ -210,7 +210,8 @@ pub async fn open(config: &Config) -> Result<Deploy, AppError> {
         updates::halt::log(reason);
     }
     let replica = replica(data_dir, &pki.entropy).map_err(|source| data_dir_error(data_dir, source))?;
-    let updates = Arc::new(Updates::new(Arc::clone(&pki), replica, config.two_person));
+    let updates =
+        Arc::new(Updates::new(Arc::clone(&pki), replica, config.two_person, config.update_snapshots_kept));
     updates.recover().await?;
     updates.detect().await?;
     pki.complete().await?;
@@ -453,6 +454,10 @@ fn jobs(pki: &Arc<Pki>, updates: &Arc<Updates>, tls: &Arc<Tls>, agents: &Arc<Age
         tokio::spawn(async move {
             loop {
                 ticks.tick().await;
+                if let Err(error) = updates.pki.store.try_to_write().await {
+                    tracing::error!(error = chain(&error), "database_refuses_writes");
+                    continue;
+                }
                 if let Err(error) = updates.recover().await {
                     tracing::warn!(error = chain(&error), "update_recovery_failed");
                 }

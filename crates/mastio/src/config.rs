@@ -61,6 +61,8 @@ pub struct Config {
     pub strict_pki: bool,
     /// `MCP_PROXY_UPDATE_APPROVALS=2`: an apply and a rollback need a plan that two operators stand behind.
     pub two_person: bool,
+    /// `MCP_PROXY_UPDATE_SNAPSHOTS_KEPT`: former snapshots of each update that are kept beside the current one.
+    pub update_snapshots_kept: u32,
     /// `MCP_PROXY_INTERNAL_HOST_ALLOWLIST`: private hosts that upstream tools may have, in lower case.
     pub internal_host_allowlist: Vec<String>,
     /// `MCP_PROXY_RATE_LIMIT_PER_MINUTE`: an agent's; 0 is none.
@@ -130,6 +132,9 @@ const REDIS_URL: &str = "MCP_PROXY_REDIS_URL";
 const DB_ENCRYPTION_KEY: &str = "MCP_PROXY_DB_ENCRYPTION_KEY";
 const STRICT_PKI: &str = "MCP_PROXY_STRICT_PKI";
 const UPDATE_APPROVALS: &str = "MCP_PROXY_UPDATE_APPROVALS";
+const UPDATE_SNAPSHOTS_KEPT: &str = "MCP_PROXY_UPDATE_SNAPSHOTS_KEPT";
+/// More would fill the disk of a large fleet before anybody looks at them.
+const UPDATE_SNAPSHOTS_KEPT_MAX: u32 = 100;
 const INTERNAL_HOST_ALLOWLIST: &str = "MCP_PROXY_INTERNAL_HOST_ALLOWLIST";
 const RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_RATE_LIMIT_PER_MINUTE";
 const ADDRESS_RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_ADDRESS_RATE_LIMIT_PER_MINUTE";
@@ -185,7 +190,7 @@ impl EgressDpop {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 24] = [
+pub const SETTINGS: [Setting; 25] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -247,6 +252,15 @@ pub const SETTINGS: [Setting; 24] = [
             "How many operators must stand behind an apply or a rollback",
         ),
         "1",
+    ),
+    with_default(
+        setting(
+            UPDATE_SNAPSHOTS_KEPT,
+            "update-snapshots-kept",
+            "NUMBER",
+            "How many former snapshots of each update are kept, beside the one that a rollback goes back to",
+        ),
+        "2",
     ),
     with_default(
         setting(
@@ -747,6 +761,11 @@ impl Values {
                 "2" => Some(true),
                 _ => None,
             })?,
+            update_snapshots_kept: self.read(
+                UPDATE_SNAPSHOTS_KEPT,
+                "a whole number from 0 to 100",
+                |text| text.parse().ok().filter(|kept| *kept <= UPDATE_SNAPSHOTS_KEPT_MAX),
+            )?,
             internal_host_allowlist: self.read(
                 INTERNAL_HOST_ALLOWLIST,
                 "host names or addresses separated by commas, without a scheme or a path",

@@ -15,6 +15,7 @@ use crate::pki::Pki;
 use crate::pki::tls::Tls;
 use crate::store::Query as _;
 use crate::store::claims::Claims;
+use crate::store::obstacle::Obstacle;
 use crate::updates::Updates;
 use crate::updates::error::UpdateError;
 use crate::updates::halt::HaltReason;
@@ -157,19 +158,24 @@ async fn show_health_with_version(State(health): State<Health>) -> axum::Json<Va
 }
 
 async fn show_readiness(State(health): State<Health>) -> Response {
-    let database = match health.pki.store.read().await {
+    let reads = match health.pki.store.read().await {
         Ok(mut tx) => tx.row("SELECT epoch FROM audit_head WHERE id = 1", &[]).await.is_ok(),
         Err(_) => false,
+    };
+    // Nothing is answered that cannot be recorded, so a database that only reads serves nobody.
+    let database = match (reads, health.pki.store.obstacle()) {
+        (false, _) => Some("unavailable"),
+        (true, obstacle) => obstacle.map(Obstacle::as_str),
     };
     let stopping = health.stopping.load(Ordering::SeqCst);
     let signing = health.pki.halted().is_ok();
     let redis = health.claims.as_ref().map(Claims::is_reachable);
-    let ready = database && redis != Some(false) && !stopping;
+    let ready = database.is_none() && redis != Some(false) && !stopping;
     let word = |good: bool, bad: &'static str| if good { "ok" } else { bad };
     let mut body = json!({
         "status": if ready { "ready" } else { "not_ready" },
         "checks": {
-            "database": word(database, "unavailable"),
+            "database": database.unwrap_or("ok"),
             "process": word(!stopping, "stopping"),
             // A halted deploy is ready: it has to be reached to be repaired.
             "signing": word(signing, "halted"),

@@ -25,6 +25,7 @@ use crate::pki::bootstrap;
 use crate::pki::revocation::Revocation;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
 use crate::tokens::resource_servers::{self, ResourceServer, created_json};
+use crate::updates::doctor::Known;
 use crate::updates::store::RunRow;
 use crate::updates::{Direction, doctor};
 
@@ -219,9 +220,11 @@ async fn examined(store: &Store) -> Result<Vec<doctor::Finding>, Failure> {
     let now = store.clock().now().seconds();
     // A file has one server, and none runs; a database may have another replica.
     let shared = store.sqlite_path().is_none();
-    let is_alive = |run: &RunRow| shared && doctor::gave_a_sign(run, now);
+    let knows = |run: &RunRow| {
+        if shared && doctor::gave_a_sign(run, now) { Known::UnderWay } else { Known::Dead }
+    };
     let mut tx = store.read().await.map_err(|error| unreadable(&error))?;
-    doctor::examine(&mut tx, &is_alive).await.map_err(|error| Failure::of(&error))
+    doctor::examine(&mut tx, &knows).await.map_err(|error| Failure::of(&error))
 }
 
 /// The rows of `GET /v1/admin/audit`.

@@ -322,16 +322,25 @@ pub(super) fn doctor(report: &Value) -> String {
 
 /// The snapshots.
 pub(super) fn snapshots(list: &Value) -> String {
-    let mut table = table(&["migration", "taken", "rows", "run", "verifies"]);
+    let mut table =
+        table(&["migration", "state", "taken", "age", "rows", "size", "digest", "run", "verifies"]);
     for row in rows(list) {
+        let age = row["age_s"].as_u64().map_or_else(String::new, |seconds| match seconds {
+            0..7200 => format!("{} min", seconds / 60),
+            7200..172_800 => format!("{} h", seconds / 3600),
+            _ => format!("{} d", seconds / 86_400),
+        });
+        let size = format!("{} KiB", row["bytes"].as_u64().unwrap_or(0).div_ceil(1024));
+        // Enough to tell two apart; `--json` has the whole.
+        let digest: String = cell(&row["digest"]).chars().take(19).collect();
         let sound = if row["sound"] == true {
             "yes".to_owned()
         } else {
             format!("no, damaged at {}", cell(&row["damaged_at"]))
         };
-        let [migration, taken, count, run] =
-            ["migration_id", "taken_at", "rows", "run_id"].map(|field| cell(&row[field]));
-        table.add_row([migration, taken, count, run, sound]);
+        let [migration, state, taken, count, run] =
+            ["migration_id", "state", "taken_at", "rows", "run_id"].map(|field| cell(&row[field]));
+        table.add_row([migration, state, taken, age, count, size, digest, run, sound]);
     }
     if rows(list).next().is_none() {
         "no snapshots: nothing can be rolled back".to_owned()

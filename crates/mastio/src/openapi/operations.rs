@@ -885,12 +885,15 @@ pub const OPERATIONS: &[Operation] = &[
         method: "GET",
         path: "/proxy/updates/snapshots",
         tag: "updates",
-        summary: "What rollbacks go back to",
+        summary: "What rollbacks go back to, and former snapshots",
         who: Who::Admin,
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"[{"migration_id":"2026-04-23-org-ca-pathlen-1"}]"#),
+        answer: Answer::Json(
+            200,
+            r#"[{"migration_id":"2026-04-23-org-ca-pathlen-1","state":"current","taken_at":"2026-04-23T19:08:11Z","age_s~":86400,"run_id~":"01HW…","rows":9,"bytes":31204,"digest~":"sha256:…","settled_at~":"2026-06-01T08:00:00Z","sound":true,"damaged_at~":"internal_agents/acme::billing"}]"#,
+        ),
         errors: &[401, 403],
     },
     Operation {

@@ -301,6 +301,7 @@ const TABLES: &[Table] = &[
             "#only_one",
             "#written",
             "#beats",
+            "images_digest",
         ],
     },
     Table {

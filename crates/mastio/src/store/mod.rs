@@ -14,6 +14,7 @@ pub mod claims;
 pub mod copy;
 pub mod ephemeral;
 pub mod group;
+pub mod obstacle;
 mod postgres;
 pub mod refusals;
 pub mod schema;
@@ -28,6 +29,7 @@ use mastio_core::error::Kind;
 
 use crate::clock::Clock;
 use crate::entropy::Entropy;
+use obstacle::{Obstacle, Writes};
 pub use tx::{Committed, Query, ReadTx, WriteTx};
 pub use value::{Row, Value};
 
@@ -35,7 +37,7 @@ pub use value::{Row, Value};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The database refused, is away, or is broken.
-    #[error("the database did not do what was asked")]
+    #[error("the database did not do what was asked{}", obstacle::explained(.0))]
     Database(#[from] sqlx::Error),
     /// An answer has another shape than its statement promises.
     #[error("column {index} of an answer is not {expected}")]
@@ -87,6 +89,16 @@ impl StoreError {
             ) => Kind::Unavailable,
             _ => Kind::Internal,
         }
+    }
+
+    /// What whoever asked reads: that the database is not available, and what to do where that is known.
+    #[must_use]
+    pub fn explained(&self) -> String {
+        let obstacle = match self {
+            Self::Database(error) => obstacle::explained(error),
+            _ => String::new(),
+        };
+        format!("the database is not available{obstacle}")
     }
 }
 
@@ -146,6 +158,7 @@ pub struct Store {
     backend: Arc<Backend>,
     clock: Arc<dyn Clock>,
     entropy: Arc<Entropy>,
+    writes: Writes,
 }
 
 enum Backend {
@@ -170,7 +183,7 @@ impl Store {
             }
             DatabaseUrl::Postgres(url) => Backend::Postgres(postgres::open(url).await?),
         };
-        Ok(Self { backend: Arc::new(backend), clock, entropy })
+        Ok(Self { backend: Arc::new(backend), clock, entropy, writes: Writes::default() })
     }
 
     /// A consistent view of everything committed so far.
@@ -182,7 +195,23 @@ impl Store {
     ///
     /// Errors: [`StoreError::Database`] when the lock cannot be had within ten seconds.
     pub async fn write(&self) -> Result<WriteTx, StoreError> {
-        WriteTx::begin(&self.backend, Arc::clone(&self.clock), Arc::clone(&self.entropy)).await
+        WriteTx::begin(&self.backend, Arc::clone(&self.clock), Arc::clone(&self.entropy), &self.writes).await
+    }
+
+    /// What keeps the database from writing, as the last write found.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        self.writes.obstacle()
+    }
+
+    /// Tries whether the database writes again, where it last refused to.
+    ///
+    /// Errors: [`StoreError::Database`] while it does not.
+    pub async fn try_to_write(&self) -> Result<(), StoreError> {
+        if self.obstacle().is_none() {
+            return Ok(());
+        }
+        self.write().await?.write_head_as_it_is().await
     }
 
     /// The clock that stamps events.

@@ -60,11 +60,7 @@ pub(super) async fn checkpoint(readers: &SqlitePool) -> Result<(), StoreError> {
 /// A file of somebody else's keeps its journal mode: adoption may refuse it, and must not have changed a byte then.
 pub(super) async fn open(path: &Path, create: bool) -> Result<Pools, StoreError> {
     let options = options(path, create);
-    let writer = SqlitePoolOptions::new()
-        .max_connections(1)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_with(options.clone())
-        .await?;
+    let writer = pool(1).connect_with(options.clone()).await?;
     let foreign = sqlx::query(
         "SELECT 1 FROM sqlite_master WHERE type = 'table' AND NOT EXISTS \
          (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'mastio_schema') LIMIT 1",
@@ -75,12 +71,17 @@ pub(super) async fn open(path: &Path, create: bool) -> Result<Pools, StoreError>
     if !foreign {
         sqlx::query("PRAGMA journal_mode = WAL").fetch_all(&writer).await?;
     }
-    let readers = SqlitePoolOptions::new()
-        .max_connections(READERS_MAX)
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .connect_with(options)
-        .await?;
+    let readers = pool(READERS_MAX).connect_with(options).await?;
     Ok(Pools { writer, readers })
+}
+
+fn pool(connections_max: u32) -> SqlitePoolOptions {
+    SqlitePoolOptions::new()
+        .max_connections(connections_max)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        // A full or failing disk makes SQLite end the transaction by itself, so the ROLLBACK that follows finds none and
+        // fails; sqlx then takes the connection to be inside that transaction for ever. Such a one is closed.
+        .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
 }
 
 pub(super) fn read(row: &SqliteRow) -> Result<Row, StoreError> {

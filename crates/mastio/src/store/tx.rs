@@ -7,6 +7,7 @@ use mastio_core::audit::event::Event;
 use mastio_core::time::UnixMicros;
 use sqlx::AssertSqlSafe;
 
+use super::obstacle::Writes;
 use super::value::{Row, Value};
 use super::{Backend, StoreError, postgres, sqlite};
 use crate::clock::Clock;
@@ -108,6 +109,7 @@ pub struct WriteTx {
     epoch: i64,
     clock: Arc<dyn Clock>,
     entropy: Arc<Entropy>,
+    writes: Writes,
 }
 
 impl WriteTx {
@@ -115,16 +117,18 @@ impl WriteTx {
         backend: &Backend,
         clock: Arc<dyn Clock>,
         entropy: Arc<Entropy>,
+        writes: &Writes,
     ) -> Result<Self, StoreError> {
-        let mut connection = Self::lock(backend).await?;
+        let mut connection = writes.told(Self::lock(backend).await)?;
         let head = match &connection {
             // BEGIN IMMEDIATE holds the database; PostgreSQL has to lock the row.
             Connection::Sqlite(_) => "SELECT sequence, hash, epoch FROM audit_head WHERE id = 1",
             Connection::Postgres(_) => "SELECT sequence, hash, epoch FROM audit_head WHERE id = 1 FOR UPDATE",
         };
-        let row = connection.rows(head, &[]).await?.into_iter().next().ok_or(StoreError::HeadMissing)?;
+        let row = writes.told(connection.rows(head, &[]).await)?;
+        let row = row.into_iter().next().ok_or(StoreError::HeadMissing)?;
         let head = Head { sequence: row.integer(0)?, hash: row.text(1)? };
-        Ok(Self { connection, head, epoch: row.integer(2)?, clock, entropy })
+        Ok(Self { connection, head, epoch: row.integer(2)?, clock, entropy, writes: writes.clone() })
     }
 
     /// A write transaction on a database that has no audit head yet: for schema steps alone.
@@ -138,7 +142,8 @@ impl WriteTx {
             // Two replicas that boot at once: the second waits here and then finds the steps done.
             connection.rows("SELECT pg_advisory_xact_lock(20260423)::text", &[]).await?;
         }
-        Ok(Self { connection, head: Head::genesis(), epoch: 0, clock, entropy })
+        let writes = Writes::default();
+        Ok(Self { connection, head: Head::genesis(), epoch: 0, clock, entropy, writes })
     }
 
     async fn lock(backend: &Backend) -> Result<Connection, StoreError> {
@@ -170,17 +175,17 @@ impl WriteTx {
 
     /// Runs one statement and tells how many rows it touched.
     pub async fn execute(&mut self, sql: &'static str, values: &[Value]) -> Result<u64, StoreError> {
-        self.connection.execute(sql, values).await
+        self.writes.told(self.connection.execute(sql, values).await)
     }
 
     /// Runs one statement whose text the store itself has put together from constants.
     pub(super) async fn execute_built(&mut self, sql: String, values: &[Value]) -> Result<u64, StoreError> {
-        self.connection.execute(AssertSqlSafe(sql), values).await
+        self.writes.told(self.connection.execute(AssertSqlSafe(sql), values).await)
     }
 
     /// Runs a query whose text the store itself has put together from constants.
     pub(super) async fn rows_built(&mut self, sql: String, values: &[Value]) -> Result<Vec<Row>, StoreError> {
-        self.connection.rows(AssertSqlSafe(sql), values).await
+        self.writes.told(self.connection.rows(AssertSqlSafe(sql), values).await)
     }
 
     /// Inserts many rows with few statements: `INSERT INTO {target} VALUES (…), (…) {conflict}`.
@@ -229,7 +234,7 @@ impl WriteTx {
         let mut returned = Vec::new();
         for chunk in rows.chunks(ROWS_PER_STATEMENT) {
             let sql = multi_row(target, chunk, conflict);
-            returned.extend(self.connection.rows(AssertSqlSafe(sql), &chunk.concat()).await?);
+            returned.extend(self.rows_built(sql, &chunk.concat()).await?);
         }
         Ok(returned)
     }
@@ -257,6 +262,12 @@ impl WriteTx {
     /// Commits what is allowed to change without an event: `store/ephemeral.rs`, the journal of update runs, and
     /// the schema. `tests/tidy.rs` keeps the list of callers.
     pub async fn commit_unaudited(self) -> Result<(), StoreError> {
+        self.finish().await
+    }
+
+    /// Writes the head as it is, durably: changes nothing, and tells whether the database writes.
+    pub(super) async fn write_head_as_it_is(mut self) -> Result<(), StoreError> {
+        self.execute("UPDATE audit_head SET epoch = epoch WHERE id = 1", &[]).await?;
         self.finish().await
     }
 
@@ -295,17 +306,19 @@ impl WriteTx {
     }
 
     async fn finish(self) -> Result<(), StoreError> {
-        match self.connection {
-            Connection::Sqlite(tx) => tx.commit().await?,
-            Connection::Postgres(tx) => tx.commit().await?,
-        }
+        let committed = match self.connection {
+            Connection::Sqlite(tx) => tx.commit().await,
+            Connection::Postgres(tx) => tx.commit().await,
+        };
+        self.writes.told(committed.map_err(StoreError::from))?;
+        self.writes.succeeded();
         Ok(())
     }
 }
 
 impl Query for WriteTx {
     async fn rows(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, StoreError> {
-        self.connection.rows(sql, values).await
+        self.writes.told(self.connection.rows(sql, values).await)
     }
 }
 

@@ -13,6 +13,7 @@ use super::migration::Need;
 use super::snapshots::{self, Snapshot};
 use super::store::{self, RunRow, UpdateRow};
 use super::{RUN_SILENCE_MAX, UpdateError, Updates, engine, order, registry};
+use crate::http::error::chain;
 use crate::store::Query;
 
 /// One thing that was found.
@@ -56,8 +57,19 @@ pub fn report(findings: &[Finding]) -> Value {
     json!({ "healthy": !findings.iter().any(|finding| finding.needs_operator), "findings": findings })
 }
 
-/// Whether the process of an open run is alive.
-pub type IsAlive<'a> = &'a (dyn Fn(&RunRow) -> bool + Sync);
+/// What is known of an open run beyond its row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// Its process works at it.
+    UnderWay,
+    /// Its process is gone.
+    Dead,
+    /// Its process lives and has ended it, with this error where it is known; the database has not taken that down.
+    Ended(Option<String>),
+}
+
+/// Tells what is known of an open run.
+pub type Knows<'a> = &'a (dyn Fn(&RunRow) -> Known + Sync);
 
 /// A run that another process gave a sign of life of lately.
 #[must_use]
@@ -67,14 +79,14 @@ pub fn gave_a_sign(run: &RunRow, now: UnixTime) -> bool {
 }
 
 /// Looks at everything that the database tells.
-pub async fn examine(tx: &mut impl Query, is_alive: IsAlive<'_>) -> Result<Vec<Finding>, UpdateError> {
+pub async fn examine(tx: &mut impl Query, knows: Knows<'_>) -> Result<Vec<Finding>, UpdateError> {
     let rows = store::rows(tx).await?;
     let reasons = halt::read(tx).await?.reasons;
     let impossible = store::impossible_checks(tx).await?;
-    let snapshots = snapshots::examine(tx).await?;
+    let snapshots = snapshots::current(tx).await?;
     let mut findings = Vec::new();
     if let Some(open) = store::open_run(tx).await? {
-        findings.push(open_run(&open, is_alive(&open)));
+        findings.push(open_run(&open, &knows(&open)));
     }
     for reason in &reasons {
         findings.extend(halting(reason));
@@ -110,12 +122,29 @@ pub async fn examine(tx: &mut impl Query, is_alive: IsAlive<'_>) -> Result<Vec<F
     Ok(findings)
 }
 
-fn open_run(run: &RunRow, alive: bool) -> Finding {
+fn open_run(run: &RunRow, known: &Known) -> Finding {
     let id = &run.migration_id;
     let place = format!("{} of {id} in phase {} ({} of {})", run.direction, run.phase, run.done, run.total);
-    if alive {
-        let watch = format!("wait; GET /proxy/updates/{id}/events shows it");
-        return Finding::note("run_under_way", &run.run_id, format!("{place} is under way"), watch);
+    match known {
+        Known::UnderWay => {
+            let watch = format!("wait; GET /proxy/updates/{id}/events shows it");
+            return Finding::note("run_under_way", &run.run_id, format!("{place} is under way"), watch);
+        }
+        Known::Ended(error) => {
+            let state = if run.committed {
+                "it had committed, so the state is wholly new and is still to be verified"
+            } else {
+                "it had not committed, so the state is wholly old and nothing was changed"
+            };
+            let error = error.as_deref().map(|error| format!(" ({error})")).unwrap_or_default();
+            return Finding::act(
+                "run_not_closed",
+                &run.run_id,
+                format!("{place} has ended{error}, and the database has not taken that down: {state}"),
+                "see that the database writes again: the server then closes the run by itself within seconds",
+            );
+        }
+        Known::Dead => {}
     }
     let (state, next) = if run.committed {
         (
@@ -239,9 +268,24 @@ impl Updates {
     /// Explains what the database and the checks tell, of a running server.
     pub async fn doctor(&self) -> Result<Value, UpdateError> {
         let now = self.pki.clock.now().seconds();
-        let ours = self.running.load(Ordering::SeqCst);
-        let is_alive = |run: &RunRow| (ours && run.replica == self.replica) || gave_a_sign(run, now);
-        let mut findings = examine(&mut self.pki.store.read().await?, &is_alive).await?;
+        let at_work = self.running.load(Ordering::SeqCst);
+        let ours = |run: &RunRow| run.replica == self.replica || self.pki.store.sqlite_path().is_some();
+        let knows = |run: &RunRow| match (ours(run), at_work) {
+            (true, true) => Known::UnderWay,
+            (true, false) => Known::Ended(self.unwritten_end(&run.run_id).map(|error| chain(error.as_ref()))),
+            (false, _) if gave_a_sign(run, now) => Known::UnderWay,
+            (false, _) => Known::Dead,
+        };
+        let mut findings = Vec::new();
+        if let Some(obstacle) = self.pki.store.obstacle() {
+            findings.push(Finding::act(
+                "database_refuses_writes",
+                obstacle.as_str(),
+                "the database refuses to write, so nothing is signed, recorded or changed; what is stored is whole",
+                format!("{}; service resumes by itself", obstacle.explained()),
+            ));
+        }
+        findings.extend(examine(&mut self.pki.store.read().await?, &knows).await?);
         for row in store::rows(&mut self.pki.store.read().await?).await? {
             if row.status == "applied" {
                 findings.extend(self.disagreement(&row.migration_id).await?);
@@ -325,9 +369,14 @@ mod tests {
 
     #[test]
     fn an_open_run_is_waited_for_while_alive_and_explained_when_dead() {
-        assert!(!open_run(&run(false), true).needs_operator);
-        assert!(open_run(&run(false), false).what.contains("wholly old"));
-        assert!(open_run(&run(true), false).what.contains("wholly new"));
+        assert!(!open_run(&run(false), &Known::UnderWay).needs_operator);
+        for (committed, state) in [(false, "wholly old"), (true, "wholly new")] {
+            let dead = open_run(&run(committed), &Known::Dead);
+            assert!(dead.what.contains(state) && dead.next.contains("start the server"), "{dead:?}");
+            let ended = open_run(&run(committed), &Known::Ended(Some("disk full".to_owned())));
+            assert!(ended.what.contains(state) && ended.what.contains("disk full"), "{ended:?}");
+            assert!(ended.next.contains("by itself"), "{ended:?}");
+        }
         let silence_s = i64::try_from(RUN_SILENCE_MAX.as_secs()).unwrap_or(0);
         assert!(gave_a_sign(&run(true), UnixTime(1000 + silence_s)));
         assert!(!gave_a_sign(&run(true), UnixTime(1001 + silence_s)));

@@ -22,6 +22,7 @@ use super::migration::{
     After, CarryBack, Cell, ChangeSet, Criticality, Expected, FleetAfter, FleetChange, FleetColumn, FleetRow,
     Migration, Need, RestoredAuthority, Tools,
 };
+use super::snapshots::{self, State};
 use super::store::{self as rows, FleetCell, StagedCell, StagedFacts};
 use super::view::View;
 use super::{Direction, Phase, Progress, Updates, rehearsal};
@@ -244,14 +245,21 @@ impl Run<'_> {
         Ok(total)
     }
 
+    /// Keeps the images of an apply that no rollback goes back to any more as a former snapshot.
+    async fn keep(&self, tx: &mut WriteTx, apply_run: &str, state: State) -> Result<(), UpdateError> {
+        Ok(snapshots::store::keep(tx, self.id(), apply_run, state, self.updates.snapshots_kept).await?)
+    }
+
     /// An earlier attempt that never committed has nothing to give back: its images go with its descriptor.
     async fn drop_superseded_attempt(&self, tx: &mut WriteTx) -> Result<(), UpdateError> {
         let Some(earlier) = rows::snapshot(tx, self.id()).await? else { return Ok(()) };
-        let run = rows::run_by_id(tx, &earlier.run_id).await?;
-        if run.is_some_and(|run| !run.committed && run.actor != super::PREDECESSOR) {
-            rows::discard_images(tx, &earlier.run_id).await?;
+        match rows::run_by_id(tx, &earlier.run_id).await? {
+            Some(run) if run.committed => self.keep(tx, &earlier.run_id, State::Superseded).await,
+            Some(run) if run.actor != super::PREDECESSOR => {
+                Ok(rows::discard_images(tx, &earlier.run_id).await?)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn snapshot_fleet(&self, column: FleetColumn) -> Result<i64, UpdateError> {
@@ -596,8 +604,17 @@ impl Run<'_> {
             Direction::Rollback => "rollback.activate",
         });
         self.judge_stored(&authority).await?;
+        let images = match self.direction {
+            Direction::Apply => {
+                Some(snapshots::store::read_images(&mut pki.store.read().await?, &self.run_id).await?)
+            }
+            Direction::Rollback => None,
+        };
         let mut tx = pki.store.write().await?;
         self.is_still_ours(&mut tx).await?;
+        if let Some(images) = images {
+            snapshots::store::set_digest(&mut tx, &self.run_id, &images.digest).await?;
+        }
         rows::finish_run(&mut tx, &self.run_id, true, None, self.now()).await?;
         rows::overrule_earlier(&mut tx, self.id(), &self.run_id).await?;
         if self.direction == Direction::Rollback {
@@ -634,7 +651,7 @@ impl Run<'_> {
         let torn = apply.as_ref().is_some_and(|apply| !apply.committed && apply.actor == super::PREDECESSOR);
         // Of a run that never committed nothing is restored, whatever its images read.
         if (committed || torn)
-            && let Some(row) = rows::damaged_image(&mut tx, &snapshot.run_id).await?
+            && let Some(row) = snapshots::damage(&mut tx, &snapshot.run_id).await?
         {
             return Err(UpdateError::SnapshotDamaged { migration_id: self.id().to_owned(), row });
         }
@@ -891,7 +908,7 @@ impl Run<'_> {
         }
         refill_facts(&mut tx, restored_root.as_ref(), pki).await?;
         rows::drop_snapshot(&mut tx, self.id()).await?;
-        rows::discard_images(&mut tx, apply_run).await?;
+        self.keep(&mut tx, apply_run, State::RolledBack).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
         let leaves = i64::try_from(restored_leaves).unwrap_or(i64::MAX);
         rows::set_committed(&mut tx, &self.run_id, false, leaves, now).await?;

@@ -151,7 +151,7 @@ pub enum UpdateError {
     },
     /// The fleet changes faster than the run can follow.
     #[error(
-        "the fleet kept changing while the update was prepared: nothing was changed; try again when it is calmer"
+        "what is to be changed kept changing while it was prepared: nothing was changed; try again when it is calmer"
     )]
     CannotCatchUp,
     /// The result did not pass the verification.
@@ -257,12 +257,12 @@ impl Problem for UpdateError {
             | Self::SamePerson { .. }
             | Self::ProposalClosed { .. }
             | Self::MovedSincePlan
+            | Self::CannotCatchUp
             | Self::SnapshotDamaged { .. } => Kind::Conflict,
             Self::TooManyRehearsals => Kind::Unavailable,
             Self::OutOfOrder { .. } => Kind::OutOfOrder,
-            Self::Store(error) => error.kind(),
-            Self::CannotCatchUp
-            | Self::Verification { .. }
+            Self::Store(error) | Self::Pki(PkiError::Store(error)) => error.kind(),
+            Self::Verification { .. }
             | Self::StoredState(_)
             | Self::TakenOver
             | Self::Interrupted
@@ -319,10 +319,11 @@ impl Problem for UpdateError {
                 json!({ "reason": "proposal_closed", "message": self.to_string() })
             }
             Self::MovedSincePlan => json!({ "reason": "plan_changed", "message": self.to_string() }),
+            Self::CannotCatchUp => json!({ "reason": "cannot_catch_up", "message": self.to_string() }),
             Self::SnapshotDamaged { .. } => {
                 json!({ "reason": "snapshot_damaged", "message": self.to_string() })
             }
-            Self::Store(_) => json!("the database is not available"),
+            Self::Store(error) | Self::Pki(PkiError::Store(error)) => json!(error.explained()),
             other => Value::String(other.to_string()),
         }
     }

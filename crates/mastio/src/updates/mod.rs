@@ -4,7 +4,7 @@
 //! The cast: [`registry`] lists the migrations; [`detector`] asks each at boot whether it is needed; [`halt`] decides
 //! whether anything may be signed; [`rehearsal`] computes a change set and drops it; [`order`] says who is next;
 //! [`approval`] whether two operators stand behind it; [`engine`] runs a migration's change set through the phases, which [`progress`] shows; [`verify`] judges it;
-//! [`settle`] ends the trust overlap that an update began; [`snapshots`] lists what a rollback goes back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
+//! [`settle`] ends the trust overlap that an update began; [`snapshots`] keeps what rollbacks go back to; [`doctor`] explains what it finds; [`store`] keeps rows, runs and
 //! images. Order of an apply: admission under the lock of the audit head, then the run as a task of its own, which the
 //! caller only watches. A run that a crash has left behind is finished by the next boot, or sooner by another replica
 //! that misses its signs of life: before its commit it has changed nothing and fails, after it only the activation is
@@ -33,7 +33,7 @@ mod verify;
 pub mod view;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -169,6 +169,7 @@ pub struct Updates {
     metrics: OnceLock<Arc<Metrics>>,
     replica: String,
     two_person: bool,
+    snapshots_kept: i64,
     progress: watch::Sender<Option<Progress>>,
     closing: watch::Sender<bool>,
     rehearsals: rehearsal::Rehearsals,
@@ -177,6 +178,8 @@ pub struct Updates {
     running: AtomicBool,
     /// Another replica's run as it was seen last, and since when it stands so, by our own steady clock.
     sight: Mutex<Option<(RunRow, Instant)>>,
+    /// How our last run ended, where the database would not take that down.
+    unwritten: Mutex<Option<(String, Arc<UpdateError>)>>,
     findings: ArcSwap<Findings>,
 }
 
@@ -230,14 +233,16 @@ impl Done {
 
 impl Updates {
     /// The updates of `pki`. `replica` names this process in the journal; `two_person`: a run needs an [`approval`].
+    /// `snapshots_kept`: former snapshots of each update that are kept.
     #[must_use]
-    pub fn new(pki: Arc<Pki>, replica: String, two_person: bool) -> Self {
+    pub fn new(pki: Arc<Pki>, replica: String, two_person: bool, snapshots_kept: u32) -> Self {
         Self {
             pki,
             tls: OnceLock::new(),
             metrics: OnceLock::new(),
             replica,
             two_person,
+            snapshots_kept: i64::from(snapshots_kept),
             progress: watch::Sender::new(None),
             closing: watch::Sender::new(false),
             rehearsals: rehearsal::Rehearsals::default(),
@@ -245,6 +250,7 @@ impl Updates {
             phase_since: Mutex::new(None),
             running: AtomicBool::new(false),
             sight: Mutex::new(None),
+            unwritten: Mutex::new(None),
             findings: ArcSwap::default(),
         }
     }
@@ -683,10 +689,29 @@ impl Updates {
             // The run is another replica's now, and ends there.
             Err(UpdateError::TakenOver) => Err(UpdateError::TakenOver),
             Err(error) => {
-                self.fail(migration_id, run_id, direction, actor, &error).await?;
+                if let Err(unwritten) = self.fail(migration_id, run_id, direction, actor, &error).await {
+                    // The run is open until the database takes its end down: `recover` sees to it.
+                    tracing::error!(
+                        migration_id,
+                        run_id,
+                        error = chain(&error),
+                        "update_run_end_not_written"
+                    );
+                    *self.unwritten() = Some((run_id.to_owned(), Arc::new(error)));
+                    return Err(unwritten);
+                }
                 Err(error)
             }
         }
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, Option<(String, Arc<UpdateError>)>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How an open run of ours ended, if the database would not take that down.
+    fn unwritten_end(&self, run_id: &str) -> Option<Arc<UpdateError>> {
+        self.unwritten().as_ref().filter(|(id, _)| id == run_id).map(|(_, error)| Arc::clone(error))
     }
 
     async fn fail(
@@ -762,12 +787,17 @@ impl Updates {
         let Some(open) = self.orphan().await? else { return Ok(()) };
         let _beats = self.heartbeat(&open.run_id);
         let direction = if open.direction == "apply" { Direction::Apply } else { Direction::Rollback };
+        let ended = self.unwritten_end(&open.run_id);
+        let what = match ended {
+            Some(_) => "the database takes down how this run ended",
+            None => "a process ended in the middle of this run",
+        };
         tracing::warn!(
             migration_id = open.migration_id,
             direction = open.direction,
             phase = open.phase,
             committed = open.committed,
-            "update_run_recovered: a process ended in the middle of this run; its state is {}",
+            "update_run_recovered: {what}; its state is {}",
             if open.committed { "wholly new" } else { "wholly old" }
         );
         let Some(migration) = registry::find(&open.migration_id) else { return Ok(()) };
@@ -789,7 +819,10 @@ impl Updates {
             }
             return Ok(());
         }
-        self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &UpdateError::Interrupted).await
+        let error = ended.unwrap_or_else(|| Arc::new(UpdateError::Interrupted));
+        self.fail(&open.migration_id, &open.run_id, direction, &open.actor, &error).await?;
+        *self.unwritten() = None;
+        Ok(())
     }
 
     /// The open run, if nobody works at it any more; it is ours from then on.

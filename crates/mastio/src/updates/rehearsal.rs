@@ -277,7 +277,7 @@ impl Rehearsal {
         if let Some(blocker) = rows::blocker(&mut tx, migration_id, &snapshot.run_id).await? {
             return Err(UpdateError::Blocked { blocker });
         }
-        if let Some(row) = rows::damaged_image(&mut tx, &snapshot.run_id).await? {
+        if let Some(row) = super::snapshots::damage(&mut tx, &snapshot.run_id).await? {
             return Err(UpdateError::SnapshotDamaged { migration_id: migration_id.to_owned(), row });
         }
         let taken_at = rows::snapshots_taken(&mut tx).await?.into_iter().find(|(id, _)| id == migration_id);

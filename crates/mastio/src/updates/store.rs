@@ -1055,29 +1055,6 @@ pub async fn forget_facts(tx: &mut WriteTx, run_id: &str) -> Result<(), StoreErr
     .map(drop)
 }
 
-/// Checks the digests of a snapshot's public images page by page: the row that does not fit, if one does not.
-///
-/// Sealed images need none: one that was changed does not open.
-pub async fn damaged_image(tx: &mut impl Query, run_id: &str) -> Result<Option<String>, StoreError> {
-    let (mut table, mut key) = (String::new(), String::new());
-    loop {
-        let rows = tx
-            .rows(
-                "SELECT table_name, row_key, before, before_digest FROM update_images WHERE run_id = $1 AND sealed = 0 \
-                 AND (table_name > $2 OR (table_name = $2 AND row_key > $3)) ORDER BY table_name, row_key LIMIT 512",
-                values![run_id, &table, &key],
-            )
-            .await?;
-        let Some(last) = rows.last() else { return Ok(None) };
-        (table, key) = (last.text(0)?, last.text(1)?);
-        for row in &rows {
-            if digest(row.optional_text(2)?.as_deref()) != row.text(3)? {
-                return Ok(Some(format!("{}/{}", row.text(0)?, row.text(1)?)));
-            }
-        }
-    }
-}
-
 /// A page of cells in scope that a rollback of `run_id` does not simply set back: they arose or changed since.
 pub async fn changed_since_page(
     tx: &mut impl Query,
@@ -1252,7 +1229,7 @@ pub async fn blocker(
              JOIN update_images mine ON mine.run_id = $1 AND mine.changes = 1 AND mine.table_name = later.table_name \
              AND mine.row_key = later.row_key AND mine.column_name = later.column_name \
              WHERE r.direction = 'apply' AND r.run_id > $1 AND r.committed_at IS NOT NULL \
-             AND r.phase NOT IN ('discarded', 'swept') AND r.migration_id <> $2 LIMIT 1",
+             AND r.phase NOT IN ('discarded', 'swept', 'rolled_back', 'superseded') AND r.migration_id <> $2 LIMIT 1",
             values![run_id, migration_id],
         )
         .await?;
@@ -1311,12 +1288,6 @@ pub async fn snapshots_taken(tx: &mut impl Query) -> Result<Vec<(String, String)
         .iter()
         .map(|row| Ok((row.text(0)?, row.text(1)?)))
         .collect()
-}
-
-/// How many images a run has.
-pub async fn count_images(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
-    let row = tx.row("SELECT COUNT(*) FROM update_images WHERE run_id = $1", values![run_id]).await?;
-    row.ok_or(StoreError::HeadMissing)?.integer(0)
 }
 
 /// A run whose change is committed and whose stored state has not passed verification.

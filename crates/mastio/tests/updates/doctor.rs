@@ -30,7 +30,16 @@ fn the<'a>(findings: &'a [Value], kind: &str) -> &'a Value {
 fn snapshots(deploy: &Deploy) -> Value {
     let output = run(&mut deploy.mastio(&["updates", "snapshots", "--json"]));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    let mut list: Value = serde_json::from_slice(&output.stdout).unwrap();
+    forget_age(&mut list);
+    list
+}
+
+/// Takes out what is another thing a second later.
+fn forget_age(list: &mut Value) {
+    for row in list.as_array_mut().unwrap() {
+        assert!(row.as_object_mut().unwrap().remove("age_s").is_some_and(|age| age.is_u64()), "{row}");
+    }
 }
 
 #[test]
@@ -95,7 +104,8 @@ fn snapshots_are_listed_and_a_damaged_one_is_named_and_refused() {
     let server = deploy.start();
     assert_eq!(server.get("/proxy/updates/snapshots").json(), json!([]));
     assert_eq!(server.apply().status, 200);
-    let sound = server.get("/proxy/updates/snapshots").json();
+    let mut sound = server.get("/proxy/updates/snapshots").json();
+    forget_age(&mut sound);
     assert_eq!((&sound[0]["migration_id"], &sound[0]["sound"]), (&json!(MIGRATION), &json!(true)));
     assert!(sound[0]["rows"].as_i64().unwrap() >= 5 && sound[0]["taken_at"].as_str().unwrap().ends_with('Z'));
     assert_eq!(snapshots(&deploy), sound);
@@ -112,6 +122,82 @@ fn snapshots_are_listed_and_a_damaged_one_is_named_and_refused() {
     assert_eq!(snapshots(&deploy), damaged);
     deploy.execute("UPDATE migration_state_backups SET snapshot_json = 'nonsense'");
     assert_eq!(kinds(&ask(&deploy).1), ["snapshot_damaged"]);
+}
+
+/// Former snapshots stay for a while, without keys; the one that a rollback needs is never among them.
+#[test]
+fn former_snapshots_are_kept_up_to_the_retention_and_pruned_beyond_it() {
+    let deploy =
+        reshaped("chain5", &["--complete-leaves"]).with_variable("MCP_PROXY_UPDATE_SNAPSHOTS_KEPT", "1");
+    let server = deploy.start();
+    let states = |server: &crate::server::Server| -> Vec<(String, bool)> {
+        let list = server.get("/proxy/updates/snapshots").json();
+        list.as_array().unwrap().iter().map(|row| (text(row, "state"), row["sound"] == true)).collect()
+    };
+    let sound = |state: &str| (state.to_owned(), true);
+    let mut runs = Vec::new();
+    for round in 0..3 {
+        assert_eq!(server.apply().status, 200);
+        let listed = server.get("/proxy/updates/snapshots").json();
+        let newest = &listed[0];
+        assert!(
+            newest["bytes"].as_i64().unwrap() > 5000 && newest["age_s"].as_i64().unwrap() < 600,
+            "{newest}"
+        );
+        assert!(text(newest, "digest").starts_with("sha256:"), "{newest}");
+        runs.push(text(newest, "run_id"));
+        let expected =
+            if round == 0 { vec![sound("current")] } else { vec![sound("current"), sound("rolled_back")] };
+        assert_eq!(states(&server), expected, "round {round}");
+        assert_eq!(server.rollback().status, 200);
+        assert_eq!(states(&server), [sound("rolled_back")], "round {round}");
+    }
+    // What is beyond the retention is swept, and what is kept has no key in it.
+    let (first, last) = (&runs[0], &runs[2]);
+    let images = |run: &str, and: &str| {
+        deploy.count(&format!("SELECT COUNT(*) FROM update_images WHERE run_id = '{run}' {and}"))
+    };
+    crate::harness::wait_for("the sweep", || (images(first, "") == 0).then_some(()));
+    assert!(images(last, "AND before IS NOT NULL") >= 5);
+    assert_eq!(images(last, "AND sealed = 1 AND COALESCE(before, restore, after) IS NOT NULL"), 0);
+    assert_eq!(server.rollback().status, 404, "a former snapshot is no way back");
+    server.stop();
+    let told = run(&mut deploy.mastio(&["updates", "snapshots"]));
+    assert!(String::from_utf8_lossy(&told.stdout).contains("rolled_back"), "{told:?}");
+}
+
+/// What no row's own digest shows: a row taken away, one that came, and another text in place of what was written.
+#[test]
+fn a_snapshot_that_lost_or_gained_a_row_is_refused_and_changes_nothing() {
+    let deploy = reshaped("chain5", &["--complete-leaves"]);
+    let server = deploy.start();
+    assert_eq!(server.apply().status, 200);
+    server.stop();
+    let agent = "legacy-org::agent-0003";
+    for damage in [
+        format!("DELETE FROM update_images WHERE row_key = '{agent}'"),
+        format!("UPDATE update_images SET after = before WHERE row_key = '{agent}'"),
+        format!("UPDATE update_images SET changes = 0 WHERE row_key = '{agent}'"),
+        format!(
+            "INSERT INTO update_images (run_id, table_name, row_key, column_name, before, before_digest, after, changes) \
+             SELECT run_id, table_name, 'legacy-org::nobody', column_name, before, before_digest, after, 1 \
+             FROM update_images WHERE row_key = '{agent}'"
+        ),
+    ] {
+        let deploy = deploy.copy();
+        deploy.execute(&damage);
+        let server = deploy.start();
+        let before = crate::state::PkiState::read(&deploy);
+        let refused = server.rollback();
+        assert_eq!(
+            (refused.status, &refused.detail()["reason"]),
+            (409, &json!("snapshot_damaged")),
+            "{damage}"
+        );
+        assert_eq!(crate::state::PkiState::read(&deploy), before, "{damage}");
+        assert_eq!(snapshots(&deploy)[0]["sound"], false, "{damage}");
+        assert_eq!(kinds(&ask(&deploy).1), ["snapshot_damaged"], "{damage}");
+    }
 }
 
 #[test]

@@ -106,7 +106,11 @@ impl Deploy {
 
     /// A copy of everything, on the same kind of database. No server may run on `self`.
     pub fn copy(&self) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        self.copy_to(tempfile::tempdir().unwrap())
+    }
+
+    /// The same in `folder`.
+    pub fn copy_to(&self, folder: TempDir) -> Self {
         copy_files(self.folder.path(), folder.path());
         let database = match &self.database {
             Database::Sqlite => Database::Sqlite,
@@ -133,7 +137,12 @@ impl Deploy {
 
     /// The same deploy, adopted, moved to a PostgreSQL database of its own. Needs a passphrase.
     pub fn on_postgres(self) -> Self {
-        let url = create_database("");
+        self.on_postgres_with("")
+    }
+
+    /// The same, the database made with `options`.
+    pub fn on_postgres_with(self, options: &str) -> Self {
+        let url = create_database(options);
         let copied = run(self.mastio(&["database", "copy"]).args(["--to", &url]));
         assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
         let folder = tempfile::tempdir().unwrap();
@@ -201,6 +210,21 @@ impl Deploy {
             Ok(line) => Ok(Server { process, url: line["url"].as_str().unwrap().to_owned(), log }),
             Err(status) => Err((status, log.text())),
         }
+    }
+
+    /// Starts the server so that a write beyond a file size limit is an error to it, as on a disk that fails, and not its
+    /// end: that is what the limit's signal would be.
+    pub fn start_ignoring_the_size_signal(&self, variables: &[(&str, &str)]) -> Server {
+        let server = self.mastio(&["serve"]);
+        let mut command = Command::new("env");
+        command.arg("--ignore-signal=XFSZ").arg(server.get_program()).args(server.get_args());
+        command.env_clear().current_dir(self.folder.path()).envs(variables.iter().copied());
+        command.env("PATH", std::env::var_os("PATH").unwrap());
+        command.envs(server.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let log = Log::default();
+        let mut process = Process::start(&mut command, &log);
+        let line = process.listening().unwrap_or_else(|status| panic!("no boot ({status}): {}", log.text()));
+        Server { process, url: line["url"].as_str().unwrap().to_owned(), log }
     }
 
     /// The address of its PostgreSQL database.

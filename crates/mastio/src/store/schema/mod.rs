@@ -19,6 +19,7 @@ mod s0012_spire;
 mod s0013_overlap;
 mod s0014_leaves_without_facts;
 mod s0015_run_proof;
+mod s0016_snapshot_digest;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -57,6 +58,7 @@ pub const STEPS: &[Step] = &[
     s0013_overlap::STEP,
     s0014_leaves_without_facts::STEP,
     s0015_run_proof::STEP,
+    s0016_snapshot_digest::STEP,
     // The next step goes here.
 ];
 
