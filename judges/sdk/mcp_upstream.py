@@ -1,6 +1,7 @@
 """A tiny MCP server to stand behind the gateway in tests. Standard library only.
 
-    mcp_upstream.py [TOOL]         the one tool's name, `echo` unless told
+    mcp_upstream.py [TOOL [FILE]]  the one tool's name, `echo` unless told; its description
+                                   is what FILE holds at that moment
 
 Listens on a free port of 127.0.0.1, prints {"port":N,"url":…} as its first line and
 serves POST requests with plain JSON until stdin closes, so a test that dies takes
@@ -17,12 +18,14 @@ test asks with it what the gateway let through.
 
 import http.server
 import json
+import pathlib
 import sys
 import threading
 import time
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
 TOOL = sys.argv[1] if len(sys.argv) > 1 else "echo"
+DESCRIPTION = pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 else None
 
 
 class Refused(Exception):
@@ -41,7 +44,8 @@ def initialize(params, _headers):
 
 def list_tools(_params, _headers):
     schema = {"type": "object", "properties": {"text": {"type": "string"}}}
-    return {"tools": [{"name": TOOL, "description": "Returns its arguments.", "inputSchema": schema}]}
+    description = DESCRIPTION.read_text() if DESCRIPTION else "Returns its arguments."
+    return {"tools": [{"name": TOOL, "description": description, "inputSchema": schema}]}
 
 
 def call_tool(params, headers):

@@ -35,6 +35,7 @@ use crate::http::limits::{self, RateLimit};
 use crate::http::server::{self, Server};
 use crate::http::urls::ExternalUrls;
 use crate::metrics::{self, Metrics};
+use crate::operators::sso::Sso;
 use crate::operators::{self, Operators};
 use crate::pki::sealing::{self, SealingError};
 use crate::pki::tls::{ServerNames, Tls};
@@ -75,6 +76,9 @@ const REPLICA_FILE: &str = "replica.id";
 /// Why the server does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
+    /// Single sign-on cannot be set up.
+    #[error("single sign-on (MCP_PROXY_OIDC_ISSUER) cannot be set up")]
+    SingleSignOn(#[source] reqwest::Error),
     /// Another process serves from the data directory.
     #[error("{path} is held by another mastio: stop it first, or choose another data directory")]
     Locked {
@@ -328,6 +332,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     };
     let operators = Arc::new(Operators::new(pki.store.clone(), Arc::clone(&pki.entropy), secret.clone()));
     let setup_token = operators.offer_setup().await?;
+    let sso = config.single_sign_on.clone().map(Sso::new).transpose().map_err(AppError::SingleSignOn)?;
     let dashboard = Arc::new(Dashboard::new(
         health.clone(),
         Arc::clone(&agents),
@@ -335,6 +340,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         Arc::clone(&gateway),
         secret,
         settings,
+        sso.map(|sso| (sso, urls.clone())),
     ));
     let router = Router::new()
         .merge(health::routes(health))

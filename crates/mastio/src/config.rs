@@ -18,6 +18,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::Error as ClapError};
 
 use crate::entropy::Entropy;
 use crate::http::front::Front;
+use crate::operators::sso;
 use crate::store::DatabaseUrl;
 use crate::store::claims::Claims;
 
@@ -75,6 +76,8 @@ pub struct Config {
     pub dpop_nonce: bool,
     /// `CULLIS_EGRESS_DPOP_MODE`: whether agents prove their persistent DPoP key beside their certificate.
     pub egress_dpop: EgressDpop,
+    /// `MCP_PROXY_OIDC_…`: single sign-on for operators.
+    pub single_sign_on: Option<sso::Settings>,
     /// `MCP_PROXY_TLS_CERT` and `MCP_PROXY_TLS_KEY`: a server certificate of the operator's own.
     pub tls_files: Option<(PathBuf, PathBuf)>,
     /// `MCP_PROXY_TRUSTED_FRONT`: whose word on a client certificate is taken; nobody's by default.
@@ -141,6 +144,13 @@ const ADDRESS_RATE_LIMIT_PER_MINUTE: &str = "MCP_PROXY_ADDRESS_RATE_LIMIT_PER_MI
 const GLOBAL_RATE_LIMIT_RPS: &str = "MCP_PROXY_GLOBAL_RATE_LIMIT_RPS";
 const DPOP_NONCE: &str = "MCP_PROXY_DPOP_NONCE";
 const EGRESS_DPOP_MODE: &str = "CULLIS_EGRESS_DPOP_MODE";
+const OIDC_ISSUER: &str = "MCP_PROXY_OIDC_ISSUER";
+const OIDC_CLIENT_ID: &str = "MCP_PROXY_OIDC_CLIENT_ID";
+const OIDC_CLIENT_SECRET: &str = "MCP_PROXY_OIDC_CLIENT_SECRET";
+const OIDC_SCOPE: &str = "MCP_PROXY_OIDC_SCOPE";
+const OIDC_ROLE_CLAIM: &str = "MCP_PROXY_OIDC_ROLE_CLAIM";
+const OIDC_ROLES: &str = "MCP_PROXY_OIDC_ROLES";
+const OIDC_NAME_CLAIM: &str = "MCP_PROXY_OIDC_NAME_CLAIM";
 const TLS_CERT: &str = "MCP_PROXY_TLS_CERT";
 const TLS_KEY: &str = "MCP_PROXY_TLS_KEY";
 const TRUSTED_FRONT: &str = "MCP_PROXY_TRUSTED_FRONT";
@@ -190,7 +200,7 @@ impl EgressDpop {
 }
 
 /// Every setting, in the order in which `--help` and `mastio config` show them.
-pub const SETTINGS: [Setting; 25] = [
+pub const SETTINGS: [Setting; 32] = [
     with_default(
         setting(DATA_DIR, "data-dir", "DIR", "Where the SQLite file, seal.key and the lock lie"),
         "./data",
@@ -315,6 +325,42 @@ pub const SETTINGS: [Setting; 25] = [
             "Persistent DPoP keys beside client certificates on /v1/egress: off, optional or required",
         ),
         "optional",
+    ),
+    setting(
+        OIDC_ISSUER,
+        "oidc-issuer",
+        "URL",
+        "The OpenID Connect provider that operators may sign on with; goes with the client id and the roles",
+    ),
+    setting(OIDC_CLIENT_ID, "oidc-client-id", "ID", "Who this server is to that provider"),
+    secret(setting(
+        OIDC_CLIENT_SECRET,
+        "oidc-client-secret",
+        "SECRET",
+        "How it proves that; without one PKCE alone does",
+    )),
+    with_default(
+        setting(OIDC_SCOPE, "oidc-scope", "SCOPE", "What is asked of the provider, separated by spaces"),
+        "openid profile email",
+    ),
+    with_default(
+        setting(OIDC_ROLE_CLAIM, "oidc-role-claim", "CLAIM", "The claim of the ID token that gives the role"),
+        "groups",
+    ),
+    setting(
+        OIDC_ROLES,
+        "oidc-roles",
+        "VALUE=ROLE;…",
+        "Which values of that claim give which role; whoever has none of them is refused",
+    ),
+    with_default(
+        setting(
+            OIDC_NAME_CLAIM,
+            "oidc-name-claim",
+            "CLAIM",
+            "The claim that names a person in the audit log; nobody may be able to choose theirs",
+        ),
+        "sub",
     ),
     setting(
         TLS_CERT,
@@ -783,6 +829,7 @@ impl Values {
                 .map(|limit| Some(limit).filter(|limit| *limit > 0))?,
             dpop_nonce: self.read(DPOP_NONCE, "true or false", truth)?,
             egress_dpop: self.read(EGRESS_DPOP_MODE, "off, optional or required", EgressDpop::parse)?,
+            single_sign_on: self.single_sign_on()?,
             tls_files: self.tls_files()?,
             trusted_front: self.read(
                 TRUSTED_FRONT,
@@ -853,6 +900,37 @@ impl Values {
             _ => Err(self
                 .wrong(OPERATOR_CREDENTIAL, "is not NAME:SECRET, as mastio admin add shows it".to_owned())),
         }
+    }
+
+    fn single_sign_on(&self) -> Result<Option<sso::Settings>, ConfigError> {
+        let next_step = "a provider, a client id and the roles go together; set all three or none";
+        let named = [OIDC_ISSUER, OIDC_CLIENT_ID, OIDC_ROLES];
+        if named.iter().all(|name| self.given(name).is_none()) {
+            return Ok(None);
+        }
+        if let Some(name) = named.into_iter().find(|name| self.given(name).is_none()) {
+            return Err(ConfigError::Missing { name, next_step });
+        }
+        let claim = |name| self.read(name, "the name of a claim", |text| Some(text.to_owned()));
+        Ok(Some(sso::Settings {
+            issuer: self.read(
+                OIDC_ISSUER,
+                "the provider's https URL, exactly as its metadata spells it",
+                |text| sso::is_issuer(text).then(|| text.to_owned()),
+            )?,
+            client_id: self.text(OIDC_CLIENT_ID).to_owned(),
+            client_secret: self.given(OIDC_CLIENT_SECRET).map(|secret| secret.trim().to_owned()),
+            scope: self.read(OIDC_SCOPE, "scopes with openid among them", |text| {
+                text.split_whitespace().any(|scope| scope == "openid").then(|| text.to_owned())
+            })?,
+            role_claim: claim(OIDC_ROLE_CLAIM)?,
+            roles: self.read(
+                OIDC_ROLES,
+                "VALUE=ROLE;VALUE=ROLE, each value once, roles viewer, operator or admin",
+                |text| text.parse().ok(),
+            )?,
+            name_claim: claim(OIDC_NAME_CLAIM)?,
+        }))
     }
 
     fn tls_files(&self) -> Result<Option<(PathBuf, PathBuf)>, ConfigError> {

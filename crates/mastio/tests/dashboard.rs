@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::sdk::{Agent, Python, TOOL, Upstream};
+use harness::sdk::{Agent, Provider, Python, TOOL, Upstream};
 use harness::{
     ADMIN_SECRET, Answer, Database, Deploy, MIGRATION, required_environment, run, shared, wait_for,
 };
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 16] = [
+const PAGES: [&str; 19] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -26,13 +26,16 @@ const PAGES: [&str; 16] = [
     "/proxy/agents/acme::agent-0001",
     "/proxy/enrollments",
     "/proxy/enrollments?status=rejected",
+    "/proxy/agents?only=inactive",
     "/proxy/tools",
     "/proxy/pki",
+    "/proxy/pki/overlap",
     "/proxy/mastio-key",
     "/proxy/audit",
     "/proxy/audit?subject=acme::agent-0001",
     "/proxy/audit/1",
     "/proxy/settings",
+    "/proxy/operators",
 ];
 
 /// An operator's browser as far as curl is one: a cookie jar.
@@ -125,11 +128,18 @@ fn no_route_tells_or_changes_anything_without_a_session() {
     let routes: Vec<&str> =
         source.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
     assert!(routes.len() > 12, "{routes:?}");
-    let open = ["/proxy/login", "/proxy/setup", "/proxy/assets/{name}"];
+    let open = [
+        "/proxy/login",
+        "/proxy/login/sso",
+        "/proxy/login/sso/callback",
+        "/proxy/setup",
+        "/proxy/assets/{name}",
+    ];
     for route in routes.into_iter().filter(|route| !open.contains(route)) {
         let path = route.replace("{migration_id}", MIGRATION).replace("{agent_id}", "acme::agent-0001");
         let path = path.replace("{seq}", "1").replace("{session_id}", "no-such-request");
         let path = path.replace("{tool_id}", "no-such-tool").replace("{upstream_id}", "no-such-server");
+        let path = path.replace("{name}", "nobody").replace("{fingerprint}", "00");
         assert!(!path.contains('{'), "{route}: say in this test what it names");
         for arguments in [&[][..], &["-d", "confirm=yes"]] {
             let answer = deploy.curl(&path, arguments);
@@ -344,6 +354,35 @@ fn rows_that_nobody_expected_are_shown_as_text_and_named_as_wrong() {
         assert!(!answer.body.contains("<script>"), "{path}: {}", answer.body);
         assert!(answer.body.contains(&format!("href=\"{page}\"")), "the banner on {path}: {}", answer.body);
     }
+    // What an upstream or an operator of another version has put there, on every page that shows it.
+    let hostile = format!("{script}<img src=x onerror=alert(2)>");
+    deploy.sql(&format!(
+        "INSERT INTO operators (name, role, credential, created_at, created_by, last_seen_at) \
+         VALUES ('{hostile}', 'viewer', 'x', '{hostile}', '{hostile}', '{hostile}')"
+    ));
+    deploy.sql(&format!(
+        "INSERT INTO internal_agents (agent_id, display_name, capabilities, created_at, is_active, enrollment_method, \
+         cert_pem, dpop_jkt, principal_type, federated) \
+         VALUES ('acme::{script}', '{hostile}', '[\"{hostile}\"]', '{hostile}', 1, 'byoca', '{hostile}', '{hostile}', '{hostile}', 0)"
+    ));
+    for path in [
+        "/proxy",
+        "/proxy/agents",
+        "/proxy/agents/acme::%3cscript%3ealert(1)%3c%2fscript%3e",
+        "/proxy/agents?only=active",
+        "/proxy/operators",
+        "/proxy/pki",
+        "/proxy/mastio-key",
+        "/proxy/settings",
+    ] {
+        let answer = browser.get(path);
+        assert_eq!(answer.status, 200, "{path}: {}", answer.body);
+        assert!(
+            !answer.body.contains("<script>") && !answer.body.contains("<img src=x"),
+            "{path}: {}",
+            answer.body
+        );
+    }
     // This version cannot apply what it does not know.
     let plan = browser.get(&format!("{page}/apply-review"));
     assert_eq!(plan.status, 404, "{}", plan.body);
@@ -451,15 +490,21 @@ fn held(database: Database) -> Option<(Deploy, PathBuf)> {
 }
 
 fn tell(deploy: &Deploy, story: &str, hold: &Path) -> Value {
+    tell_with(deploy, story, json!({ "hold": hold }))
+}
+
+/// `further`: what the story needs besides.
+fn tell_with(deploy: &Deploy, story: &str, further: Value) -> Value {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let screenshots = std::env::var_os("MASTIO_SCREENSHOTS").map(|folder| repository.join(folder));
     if let Some(folder) = &screenshots {
         fs::create_dir_all(folder).unwrap();
     }
-    let settings = json!({
+    let mut settings = json!({
         "url": deploy.url(), "secret": ADMIN_SECRET, "migration": MIGRATION, "story": story,
-        "hold": hold, "screenshots": screenshots,
+        "screenshots": screenshots,
     });
+    settings.as_object_mut().unwrap().extend(further.as_object().unwrap().clone());
     required_environment("MASTIO_TEST_BROWSER");
     required_environment("MASTIO_TEST_CHROMIUM");
     let script = repository.join("judges/browser/dashboard.mjs");
@@ -476,7 +521,8 @@ fn by_mouse(database: Database) {
     let agent_id = "acme::agent-0001";
     let ca = deploy.folder().join("org-ca.crt");
     fs::write(&ca, deploy.sql("SELECT value FROM proxy_config WHERE key = 'org_ca_cert'") + "\n").unwrap();
-    tell(&deploy, "mouse", &hold);
+    let again = database == Database::Postgres;
+    tell_with(&deploy, "mouse", json!({ "hold": hold, "again": again }));
     assert!(!deploy.is_halted());
 
     let upstream = Upstream::start();
@@ -484,7 +530,7 @@ fn by_mouse(database: Database) {
     let mut agent = Agent::open(Python::Plain, &deploy.url(), agent_id, &files.join("agent-0001"), &ca);
     agent.login().unwrap();
     agent.call().unwrap();
-    tell(&deploy, "afterwards", &hold);
+    tell_with(&deploy, "afterwards", json!({ "again": again }));
     assert_eq!(status(&deploy), "rolled_back");
     agent.call().unwrap();
     assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
@@ -600,6 +646,156 @@ fn an_operator_decides_over_enrollments_while_the_sdk_waits() {
         of(name);
     }
     assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn a_new_organisation_is_set_up_in_a_browser_and_every_page_says_what_to_do_first() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let line = deploy.wait_for_log("the set-up", |line| line["message"] == "setup_open");
+    tell_with(&deploy, "setUp", json!({ "token": line["token"] }));
+    assert_eq!(deploy.sql("SELECT name, role FROM operators"), "ada|admin");
+}
+
+#[test]
+fn an_admin_manages_operators_in_a_browser_and_two_of_them_stand_behind_an_apply() {
+    let Some(deploy) = Deploy::legacy("py_mixed_byoca_pending") else { return };
+    let mut deploy = deploy.set("MCP_PROXY_UPDATE_APPROVALS", "2");
+    deploy.start();
+    tell_with(&deploy, "operators", json!({}));
+    assert_eq!(status(&deploy), "applied");
+    let event = &deploy.admin_get("/v1/admin/audit?event_type=admin.update_applied").expect(200)[0];
+    assert_eq!((&event["actor"], &event["details"]["approved_by"]), (&json!("bob"), &json!("admin")));
+    let roles = deploy.admin_get("/v1/admin/audit?event_type=admin.operator_role_changed").expect(200);
+    assert_eq!(roles[0]["details"], json!({ "name": "bob", "role": "operator", "former_role": "viewer" }));
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn a_tool_is_registered_approved_bound_and_approved_again_after_a_change_in_a_browser() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let created = deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "caller" })).expect(201);
+    let description = deploy.folder().join("description");
+    fs::write(&description, "Returns its arguments.").unwrap();
+    let upstream = Upstream::described_by(&description);
+    let further =
+        json!({ "upstream": upstream.url(), "description": description, "agent": created["agent_id"] });
+    tell_with(&deploy, "tools", further);
+    let tried = deploy.admin_get("/v1/admin/audit?event_type=mcp.tool_tried").expect(200);
+    let outcomes: Vec<_> =
+        tried.as_array().unwrap().iter().map(|event| &event["details"]["outcome"]).collect();
+    assert_eq!(outcomes, [&json!("ok"), &Value::Null], "{tried}");
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn operators_sign_on_with_a_provider_by_their_groups_and_the_secret_goes_on_working() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    deploy.stop();
+    // What we say and what the provider was told must be the same to the letter.
+    let redirect_uri = format!("{}/proxy/login/sso/callback", deploy.url());
+    let accounts = json!({ "alice": ["staff", "mastio-operators"], "mallory": ["staff"] });
+    let provider = Provider::start(&redirect_uri, "mastio", "a secret/with=signs", &accounts);
+    let mut deploy = deploy
+        .set("MCP_PROXY_OIDC_ISSUER", provider.issuer())
+        .set("MCP_PROXY_OIDC_CLIENT_ID", "mastio")
+        .set("MCP_PROXY_OIDC_CLIENT_SECRET", "'a secret/with=signs'")
+        .set("MCP_PROXY_OIDC_ROLES", "mastio-operators=operator;mastio-admins=admin");
+    deploy.start();
+    tell_with(&deploy, "singleSignOn", json!({ "issuer": provider.issuer() }));
+    let logins = deploy.admin_get("/v1/admin/audit?event_type=dashboard.login").expect(200);
+    let alice = logins.as_array().unwrap().iter().find(|event| event["actor"] == "sso:alice").unwrap();
+    assert_eq!(
+        (&alice["details"]["single_sign_on"], &alice["details"]["role"]),
+        (&json!(true), &json!("operator"))
+    );
+    let refused = deploy.admin_get("/v1/admin/audit?event_type=dashboard.login_failed").expect(200);
+    assert_eq!(refused.as_array().unwrap().len(), 3, "{refused}");
+    assert!(!deploy.log_text().contains("a secret/with=signs"));
+
+    // A provider that is away locks nobody out, and says so.
+    drop(provider);
+    deploy.restart();
+    let browser = Browser::new(&deploy, "a");
+    let away = browser.get("/proxy/login/sso");
+    assert_eq!(away.status, 503, "{}", away.body);
+    assert!(away.body.contains("sign in with your secret") && away.body.contains("<form"), "{}", away.body);
+    browser.sign_in();
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn the_predecessor_s_password_signs_in_and_its_hash_is_replaced() {
+    // bcrypt of the alphabet, cost 6: a test vector of jBCrypt.
+    const HASH: &str = "$2a$06$.rCVZVOThsIa97pEDOxvGuRRgzG64bvtJ0938xuqzv18d3ZpQhstC";
+    const PASSWORD: &str = "abcdefghijklmnopqrstuvwxyz";
+    for database in [Database::Sqlite, Database::Postgres] {
+        let Some(deploy) = pending() else { return };
+        deploy.sql(&format!("UPDATE proxy_config SET value = '{HASH}' WHERE key = 'admin_password_hash'"));
+        let mut deploy = deploy.on(database);
+        deploy.start();
+        assert!(deploy.get("/proxy/login").body.contains("the password of the dashboard before"));
+        let stored = || {
+            deploy.sql("SELECT value FROM proxy_config WHERE key = 'admin_password_hash'").trim().to_owned()
+        };
+        let sign_in = |name: &str, secret: &str| {
+            let fields = [format!("name={name}"), format!("secret={secret}")];
+            let arguments = ["--data-urlencode", &fields[0], "--data-urlencode", &fields[1]];
+            deploy.curl("/proxy/login", &arguments).status
+        };
+        assert_eq!(sign_in("", "abcdefghijklmnopqrstuvwxy"), 403);
+        assert_eq!(stored(), HASH);
+        // It is the dashboard's, not the API's, and nobody's but the shared operator's.
+        let header = format!("X-Admin-Secret: {PASSWORD}");
+        assert_eq!(deploy.curl("/v1/admin/agents", &["-H", &header]).status, 403);
+        assert_eq!(sign_in("alice", PASSWORD), 403);
+        assert_eq!(sign_in("admin", PASSWORD), 303);
+        assert!(stored().starts_with("$argon2id$v=19$"), "{}", stored());
+        let event =
+            &deploy.admin_get("/v1/admin/audit?event_type=admin.operator_secret_rehashed").expect(200)[0];
+        assert_eq!(event["details"], json!({ "name": "admin", "from": "bcrypt", "to": "argon2id" }));
+        assert_eq!((sign_in("", PASSWORD), sign_in("", ADMIN_SECRET)), (303, 303));
+        let events =
+            deploy.admin_get("/v1/admin/audit?event_type=admin.operator_secret_rehashed").expect(200);
+        assert_eq!(events.as_array().unwrap().len(), 1);
+        // Switched off as the predecessor did it: the secret is the way in that stays.
+        deploy.sql("INSERT INTO proxy_config (key, value) VALUES ('local_password_enabled', 'false')");
+        assert_eq!((sign_in("", PASSWORD), sign_in("", ADMIN_SECRET)), (403, 303));
+    }
+}
+
+/// What an apply by the page is held to.
+#[test]
+fn a_form_runs_the_plan_that_it_has_shown_or_tells_what_has_moved() {
+    let Some(mut deploy) = pending() else { return };
+    deploy.start();
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    let token = browser.csrf_token();
+    let path = format!("/proxy/updates/{MIGRATION}/apply-review");
+    let digest = |page: &str| {
+        let (_, rest) = page.split_once("name=\"plan_digest\" value=\"").expect("a digest in the page");
+        rest.split('"').next().unwrap().to_owned()
+    };
+    let seen = digest(&browser.get(&path).body);
+    deploy.sql("DELETE FROM internal_agents WHERE agent_id LIKE '%::agent-0001'");
+    let send = |digest: &str| {
+        let fields = format!("confirm=yes&csrf_token={token}&plan_digest={digest}");
+        browser.ask(&path, &["-d", &fields])
+    };
+    let moved = send(&seen);
+    assert_eq!(moved.status, 409, "{}", moved.body);
+    assert!(moved.body.contains("1 agents that left: acme::agent-0001"), "{}", moved.body);
+    assert_eq!(status(&deploy), "pending");
+    // The page shows the plan as it is now, and that one is run.
+    let present = digest(&moved.body);
+    assert_ne!(present, seen);
+    assert_eq!(send(&present).status, 303);
+    wait_for("the apply", || (status(&deploy) == "applied").then_some(()));
+    let applied = &deploy.admin_get("/v1/admin/audit?event_type=admin.update_applied").expect(200)[0];
+    assert_eq!(applied["details"]["plan_digest"].as_str().unwrap_or(&present), present);
 }
 
 #[test]

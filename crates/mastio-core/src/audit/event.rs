@@ -147,6 +147,8 @@ event_types! {
     McpSessionRefused = "mcp.session_refused",
     /// An agent called a tool.
     McpToolCalled = "mcp.tool_called",
+    /// An operator tried a tool out.
+    McpToolTried = "mcp.tool_tried",
     /// A key to sign access tokens with was made.
     PkiTokenKeyCreated = "pki.token_key_created",
     /// The secret that DPoP nonces are made with was made.
@@ -169,10 +171,14 @@ event_types! {
     DashboardLogout = "dashboard.logout",
     /// An operator was given a secret of their own.
     OperatorAdded = "admin.operator_added",
+    /// An operator was given another role.
+    OperatorRoleChanged = "admin.operator_role_changed",
     /// An operator was deactivated.
     OperatorDeactivated = "admin.operator_deactivated",
     /// An operator was given another secret.
     OperatorSecretReset = "admin.operator_secret_reset",
+    /// The hash of a predecessor's password was replaced by a stronger one.
+    OperatorSecretRehashed = "admin.operator_secret_rehashed",
     /// The head of this chain was signed.
     AuditHeadSigned = "audit.head_signed",
 }

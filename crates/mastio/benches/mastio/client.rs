@@ -56,13 +56,23 @@ impl Target {
         text.into_bytes()
     }
 
+    /// The bytes of a form.
+    pub fn form(&self, path: &str, fields: &str) -> Vec<u8> {
+        let kind = "content-type: application/x-www-form-urlencoded";
+        let (port, length) = (self.port, fields.len());
+        format!(
+            "POST {path} HTTP/1.1\r\nhost: localhost:{port}\r\n{kind}\r\ncontent-length: {length}\r\n\r\n{fields}"
+        )
+        .into_bytes()
+    }
+
     /// Connects and shakes hands.
     pub async fn connect(&self) -> Result<Connection, Failure> {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).await?;
         stream.set_nodelay(true)?;
         let name = ServerName::try_from("localhost")?;
         let stream = TlsConnector::from(Arc::clone(&self.tls)).connect(name, stream).await?;
-        Ok(Connection { stream, buffer: Vec::with_capacity(16 * 1024) })
+        Ok(Connection { stream, buffer: Vec::with_capacity(16 * 1024), head: 0 })
     }
 }
 
@@ -70,6 +80,8 @@ impl Target {
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     buffer: Vec<u8>,
+    /// Bytes of the last answer's head.
+    head: usize,
 }
 
 impl Connection {
@@ -86,6 +98,7 @@ impl Connection {
         while self.buffer.len() < head + length {
             self.read().await?;
         }
+        self.head = head;
         let status = std::str::from_utf8(self.buffer.get(9..12).unwrap_or_default())?.parse()?;
         Ok((status, &self.buffer[head..head + length]))
     }
@@ -97,6 +110,13 @@ impl Connection {
             return Err(format!("{status} instead of {expected}: {}", String::from_utf8_lossy(body)).into());
         }
         Ok(body)
+    }
+
+    /// A header of the last answer.
+    pub fn header(&self, wanted: &str) -> Option<String> {
+        let head = std::str::from_utf8(self.buffer.get(..self.head)?).ok()?;
+        let mut headers = head.lines().filter_map(|line| line.split_once(':'));
+        headers.find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.trim().to_owned())
     }
 
     async fn read(&mut self) -> Result<(), Failure> {

@@ -7,6 +7,7 @@
 mod client;
 mod load;
 mod machine;
+mod pages;
 mod server;
 mod update;
 
@@ -46,6 +47,9 @@ struct Options {
     /// Leave the token path out
     #[arg(long)]
     no_load: bool,
+    /// Only the dashboard: every page's time, with so many agents and events
+    #[arg(long, num_args = 0..=2, value_names = ["AGENTS", "EVENTS"])]
+    pages: Option<Vec<u32>>,
     /// One JSON object instead of tables
     #[arg(long)]
     json: bool,
@@ -80,6 +84,16 @@ fn main() -> Result<(), Failure> {
     let options = Options::parse();
     // One thread: the cores belong to the server.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if let Some(sizes) = &options.pages {
+        let size = |index: usize, default| sizes.get(index).copied().unwrap_or(default);
+        let pages = runtime.block_on(pages::measure(size(0, 100_000), size(1, 1_000_000)))?;
+        if options.json {
+            println!("{}", serde_json::to_string_pretty(&pages)?);
+        } else {
+            print!("{}", pages::table(&pages));
+        }
+        return Ok(());
+    }
     let report = runtime.block_on(report(&options))?;
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

@@ -91,6 +91,11 @@ impl Deploy {
         Ok(Some(Self { agents, ca_pem, files, folder }))
     }
 
+    /// Its database file.
+    pub fn database(&self) -> PathBuf {
+        self.folder.path().join("data/mcp_proxy.db")
+    }
+
     /// Starts the binary on it and waits until it listens.
     pub fn start(&self) -> Result<Server, Failure> {
         let begun = Instant::now();

@@ -23,6 +23,16 @@ pub(super) enum AdminCommand {
         #[command(flatten)]
         target: Target,
     },
+    /// Give an operator another role.
+    SetRole {
+        /// Whom.
+        name: String,
+        /// viewer, operator or admin.
+        #[arg(value_parser = role)]
+        role: Role,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Deactivate an operator, for good.
     Deactivate {
         /// Whom.
@@ -58,6 +68,13 @@ pub(super) async fn execute(command: AdminCommand) -> Result<(), Failure> {
                 Way::InProcess(config) => local::list_operators(&config).await?,
             };
             show(&target, &list, table::operators)
+        }
+        AdminCommand::SetRole { name, role, target } => {
+            match way(&target)? {
+                Way::Server(remote) => drop(remote.set_operator_role(&name, role.as_str()).await?),
+                Way::InProcess(config) => local::set_operator_role(&config, &name, role).await?,
+            }
+            show(&target, &json!({ "name": name, "role": role.as_str() }), table::fields)
         }
         AdminCommand::Deactivate { name, target } => {
             match way(&target)? {

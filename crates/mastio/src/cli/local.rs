@@ -81,6 +81,13 @@ pub(super) async fn add_operator(config: &Config, name: &str, role: Role) -> Res
     issued.map(|issued| issued.to_json()).map_err(|error| Failure::of(&error))
 }
 
+/// What `PATCH /v1/admin/operators/{name}` does.
+pub(super) async fn set_operator_role(config: &Config, name: &str, role: Role) -> Result<(), Failure> {
+    let deploy = open(config).await?;
+    let actor = actor(config, &deploy).await?;
+    operators(config, &deploy).set_role(name, role, &actor).await.map_err(|error| Failure::of(&error))
+}
+
 /// What `DELETE /v1/admin/operators/{name}` does.
 pub(super) async fn deactivate_operator(config: &Config, name: &str) -> Result<(), Failure> {
     let deploy = open(config).await?;

@@ -216,6 +216,12 @@ impl Remote {
         self.post(&["v1", "admin", "operators"], &json!({ "name": name, "role": role })).await
     }
 
+    /// `PATCH /v1/admin/operators/{name}`.
+    pub async fn set_operator_role(&self, name: &str, role: &str) -> Result<Value, Failure> {
+        let (path, body) = (["v1", "admin", "operators", name], json!({ "role": role }));
+        self.send(Method::PATCH, &path, &[], Some(&body), Some(READ_TIMEOUT)).await
+    }
+
     /// `DELETE /v1/admin/operators/{name}`.
     pub async fn deactivate_operator(&self, name: &str) -> Result<Value, Failure> {
         let path = ["v1", "admin", "operators", name];

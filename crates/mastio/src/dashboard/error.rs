@@ -7,6 +7,8 @@ use crate::enrollment::EnrollmentError;
 use crate::gateway::GatewayError;
 use crate::http::error::Problem;
 use crate::operators::OperatorError;
+use crate::operators::sso::SsoError;
+use crate::pki::PkiError;
 use crate::store::StoreError;
 use crate::updates::UpdateError;
 
@@ -37,20 +39,29 @@ pub enum DashboardError {
     #[error("the form cannot be read")]
     Malformed,
     /// A form that has no way back does not name what it is about.
-    #[error("nothing was deleted: type {0} to delete it")]
+    #[error("nothing was changed: type {0} to confirm it")]
     OtherName(String),
+    /// A key cannot be read.
+    #[error("the JWK is refused: {0}")]
+    Jwk(String),
     /// There is no such thing.
     #[error("there is no {0}")]
     NotFound(String),
     /// A template could not be rendered.
     #[error("the page cannot be rendered")]
     Render(#[from] askama::Error),
+    /// Single sign-on.
+    #[error(transparent)]
+    Sso(#[from] SsoError),
     /// Updates.
     #[error(transparent)]
     Update(#[from] UpdateError),
     /// Agents.
     #[error(transparent)]
     Enrollment(#[from] EnrollmentError),
+    /// The certificate authority.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
     /// The gateway.
     #[error(transparent)]
     Gateway(#[from] GatewayError),
@@ -66,11 +77,13 @@ impl Problem for DashboardError {
             Self::WrongSecret | Self::ForeignForm => Kind::Denied,
             Self::TooManyFollowers => Kind::Limited,
             Self::Operator(error) => error.kind(),
-            Self::Malformed | Self::OtherName(_) => Kind::Invalid,
+            Self::Malformed | Self::OtherName(_) | Self::Jwk(_) => Kind::Invalid,
             Self::NotFound(_) => Kind::NotFound,
             Self::Render(_) => Kind::Internal,
+            Self::Sso(error) => error.kind(),
             Self::Update(error) => error.kind(),
             Self::Enrollment(error) => error.kind(),
+            Self::Pki(error) => error.kind(),
             Self::Gateway(error) => error.kind(),
             Self::Store(error) => error.kind(),
         }

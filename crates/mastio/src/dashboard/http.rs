@@ -15,21 +15,29 @@ use axum::routing::{get, post};
 use axum::{Extension, Router};
 use futures_util::StreamExt as _;
 use mastio_core::error::Kind;
+use mastio_core::token::jwk::PublicJwk;
 use serde::Deserialize;
+use serde_json::json;
 
 use super::enrollments::EnrollmentsQuery;
 use super::error::DashboardError;
+use super::session::Who;
 use super::trust::AuditQuery;
+use super::updates::in_words;
 use super::{Dashboard, assets, session, tools, urlencoded};
+use crate::enrollment::revocation::{Which, revocation_reason};
 use crate::http::authn::{AdminCaller, Session};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _};
 use crate::operators::OperatorError;
 use crate::operators::http::Insufficient;
+use crate::operators::sso;
 use crate::updates::{Direction, UpdateError};
 
 /// `__Host-`: only we can have set it, over TLS, for this host alone.
 const COOKIE: &str = "__Host-mastio-session";
+/// What a single sign-on under way has to remember.
+const FLOW_COOKIE: &str = "__Host-mastio-sso";
 /// Nothing from elsewhere, nothing inline, in nobody's frame.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
@@ -41,6 +49,8 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
     Router::new()
         .route("/proxy", get(show_overview))
         .route("/proxy/login", get(show_login).post(sign_in))
+        .route("/proxy/login/sso", get(begin_sso))
+        .route("/proxy/login/sso/callback", get(complete_sso))
         .route("/proxy/logout", post(sign_out))
         .route("/proxy/setup", get(show_setup).post(set_up))
         .route("/proxy/updates", get(show_updates))
@@ -48,11 +58,15 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/updates/{migration_id}/run", get(show_run))
         .route("/proxy/updates/{migration_id}/apply-review", get(show_apply_plan).post(begin_apply))
         .route("/proxy/updates/{migration_id}/rollback-review", get(show_rollback_plan).post(begin_rollback))
+        .route("/proxy/updates/{migration_id}/propose-plan", post(propose_plan))
+        .route("/proxy/updates/{migration_id}/approve-plan", post(approve_plan))
         .route("/proxy/agents", get(show_agents))
         .route("/proxy/agents/{agent_id}", get(show_agent))
         .route("/proxy/agents/{agent_id}/deactivate", post(deactivate_agent))
         .route("/proxy/agents/{agent_id}/reactivate", post(reactivate_agent))
         .route("/proxy/agents/{agent_id}/renew", post(renew_agent))
+        .route("/proxy/agents/{agent_id}/dpop-key", post(pin_dpop_key))
+        .route("/proxy/agents/{agent_id}/revoke", post(revoke_agent))
         .route("/proxy/agents/{agent_id}/delete", post(delete_agent))
         .route("/proxy/enrollments", get(show_enrollments))
         .route("/proxy/enrollments/rows", get(show_enrollment_rows))
@@ -67,11 +81,20 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/tools/{tool_id}/approve", post(approve_tool))
         .route("/proxy/tools/{tool_id}/block", post(block_tool))
         .route("/proxy/tools/{tool_id}/limits", post(limit_tool))
+        .route("/proxy/tools/{tool_id}/try", post(try_tool))
         .route("/proxy/tools/{tool_id}/bind", post(bind_agent))
         .route("/proxy/tools/{tool_id}/unbind", post(unbind_agent))
         .route("/proxy/pki", get(show_pki))
+        .route("/proxy/pki/overlap", get(show_overlap))
+        .route("/proxy/pki/settle", post(settle_overlap))
+        .route("/proxy/pki/certificates/{fingerprint}", get(show_certificate))
         .route("/proxy/mastio-key", get(show_keys))
         .route("/proxy/settings", get(show_settings))
+        .route("/proxy/operators", get(show_operators).post(add_operator))
+        .route("/proxy/operators/end-sessions", post(end_sso_sessions))
+        .route("/proxy/operators/{name}/role", post(set_operator_role))
+        .route("/proxy/operators/{name}/reset", post(reset_operator))
+        .route("/proxy/operators/{name}/deactivate", post(deactivate_operator))
         .route("/proxy/audit", get(show_audit).post(verify_audit))
         .route("/proxy/audit/rows", get(show_audit_rows))
         .route("/proxy/audit/stream", get(follow_audit))
@@ -91,7 +114,7 @@ pub async fn attach_session(
     let wanted = (path == HOME || path.starts_with("/proxy/") || path.starts_with("/v1/admin/"))
         && !path.starts_with("/proxy/assets/");
     if wanted
-        && let Some(token) = cookie(request.headers())
+        && let Some(token) = cookie(request.headers(), COOKIE)
         && let Some(now) = request.extensions().get::<Context>().map(|context| context.now.seconds())
     {
         let found =
@@ -105,14 +128,14 @@ pub async fn attach_session(
     next.run(request).await
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
+fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
     headers
         .get_all(header::COOKIE)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(';'))
         .filter_map(|pair| pair.trim().split_once('='))
-        .find_map(|(name, value)| (name == COOKIE).then_some(value))
+        .find_map(|(name, value)| (name == wanted).then_some(value))
 }
 
 /// Renders an error of a handler as a page, and puts the policy on whatever leaves.
@@ -163,6 +186,7 @@ async fn explain(
     let signing_in = matches!(
         problem,
         DashboardError::WrongSecret
+            | DashboardError::Sso(_)
             | DashboardError::Operator(OperatorError::TooManyTries { .. } | OperatorError::Busy)
     );
     let page = if signing_in {
@@ -330,17 +354,77 @@ async fn sign_in(
     let caller = match signed_in {
         Ok(caller) => caller,
         Err(OperatorError::Wrong { failures }) => {
-            session::refused(store, address, failures).await?;
+            session::refused(store, address, json!({ "failures": failures })).await?;
             return Err(DashboardError::WrongSecret.into());
         }
         Err(error) => return Err(error.into()),
     };
-    let former = cookie(&headers);
-    let entropy = &dashboard.pki().entropy;
-    let token = session::open(store, &dashboard.secret, entropy, former, &caller.actor, address, now).await?;
+    open_session(&dashboard, &context, &headers, Who { actor: &caller.actor, role: None }, &login.next).await
+}
+
+/// Opens a session, hands its cookie over, and leads to `next` where that is a page of ours.
+async fn open_session(
+    dashboard: &Dashboard,
+    context: &Context,
+    headers: &HeaderMap,
+    who: Who<'_>,
+    next: &str,
+) -> Shown {
+    let (address, now) = (context.peer.ip(), context.now.seconds());
+    let (pki, secret) = (dashboard.pki(), &dashboard.secret);
+    let former = cookie(headers, COOKIE);
+    let token = session::open(&pki.store, secret, &pki.entropy, former, who, address, now).await?;
     // Lax: a link in an alert opens the page; what changes anything is a POST, and needs the token besides.
-    let set = format!("{COOKIE}={token}; Path=/; Secure; HttpOnly; SameSite=Lax");
-    Ok((AppendCookie(set), see_other(own_page(&login.next))).into_response())
+    Ok((set_cookie(COOKIE, &token, ""), see_other(own_page(next))).into_response())
+}
+
+fn set_cookie(name: &str, value: &str, further: &str) -> AppendCookie {
+    AppendCookie(format!("{name}={value}; Path=/; Secure; HttpOnly; SameSite=Lax{further}"))
+}
+
+/// Leads to the single sign-on provider.
+async fn begin_sso(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    headers: HeaderMap,
+    Query(query): Query<LoginQuery>,
+) -> Shown {
+    let Some((sso, urls)) = &dashboard.sso else {
+        return Err(DashboardError::NotFound("single sign-on here".to_owned()).into());
+    };
+    let base = urls.base(&headers).ok_or(DashboardError::Malformed)?;
+    let (pki, now) = (dashboard.pki(), context.now.seconds());
+    let begun = sso.begin(&base, own_page(&query.next), &pki.entropy, pki.sealing(), now).await;
+    let (location, flow) = begun?;
+    Ok((set_cookie(FLOW_COOKIE, &flow, "; Max-Age=600"), see_other(&location)).into_response())
+}
+
+/// Where the provider sends the browser back to. A way back counts as a try, as a secret does, until it has succeeded.
+async fn complete_sso(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    headers: HeaderMap,
+    Query(answer): Query<sso::Answer>,
+) -> Shown {
+    let Some((sso, _)) = &dashboard.sso else {
+        return Err(DashboardError::NotFound("single sign-on here".to_owned()).into());
+    };
+    let (address, now) = (context.peer.ip(), context.now.seconds());
+    let (pki, operators) = (dashboard.pki(), &dashboard.operators);
+    operators.attempt(address, now)?;
+    match sso.complete(cookie(&headers, FLOW_COOKIE), answer, pki.sealing(), now).await {
+        Ok(signed_on) => {
+            operators.succeeded(address);
+            let who = Who { actor: &signed_on.actor, role: Some(signed_on.role) };
+            let opened = open_session(&dashboard, &context, &headers, who, &signed_on.next).await?;
+            Ok((set_cookie(FLOW_COOKIE, "", "; Max-Age=0"), opened).into_response())
+        }
+        Err(error) => {
+            let details = json!({ "single_sign_on": true, "reason": error.to_string() });
+            session::refused(&pki.store, address, details).await?;
+            Err(error.into())
+        }
+    }
 }
 
 async fn show_setup(State(dashboard): State<Arc<Dashboard>>) -> Shown {
@@ -382,11 +466,10 @@ async fn set_up(
 }
 
 async fn sign_out(State(dashboard): State<Arc<Dashboard>>, headers: HeaderMap, sent: Sent) -> Shown {
-    if let Some(token) = cookie(&headers) {
+    if let Some(token) = cookie(&headers, COOKIE) {
         session::close(&dashboard.pki().store, &dashboard.secret, token, &sent.session.actor).await?;
     }
-    let gone = format!("{COOKIE}=; Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age=0");
-    Ok((AppendCookie(gone), see_other("/proxy/login")).into_response())
+    Ok((set_cookie(COOKIE, "", "; Max-Age=0"), see_other("/proxy/login")).into_response())
 }
 
 /// A `Set-Cookie` on whatever it stands before.
@@ -440,7 +523,7 @@ async fn show_apply_plan(
     Viewer(session): Viewer,
     Path(migration_id): Path<String>,
 ) -> Shown {
-    html(&dashboard.apply_plan_page(&session, &migration_id).await?)
+    html(&dashboard.apply_plan_page(&session, &migration_id, None).await?)
 }
 
 async fn show_rollback_plan(
@@ -448,7 +531,7 @@ async fn show_rollback_plan(
     Viewer(session): Viewer,
     Path(migration_id): Path<String>,
 ) -> Shown {
-    html(&dashboard.rollback_plan_page(&session, &migration_id).await?)
+    html(&dashboard.rollback_plan_page(&session, &migration_id, None).await?)
 }
 
 async fn begin_apply(
@@ -467,16 +550,79 @@ async fn begin_rollback(
     begin(&dashboard, &migration_id, Direction::Rollback, &sent).await
 }
 
+/// Only what the page has shown is done, by the digest of its plan.
 async fn begin(dashboard: &Dashboard, migration_id: &str, direction: Direction, sent: &Sent) -> Shown {
     sent.confirms()?;
-    dashboard.health.updates.begin(migration_id, direction, &sent.session.actor).await?;
-    Ok(see_other(&format!("/proxy/updates/{}", urlencoded(migration_id))))
+    let digest = Some(sent.field("plan_digest")).filter(|digest| !digest.is_empty());
+    let begun = dashboard.health.updates.begin(migration_id, direction, &sent.session.actor, digest).await;
+    if let Err(error) = begun {
+        return moved(dashboard, sent, migration_id, direction, error).await;
+    }
+    Ok(see_other(&update_path(migration_id)))
+}
+
+fn update_path(migration_id: &str) -> String {
+    format!("/proxy/updates/{}", urlencoded(migration_id))
+}
+
+/// Where the state has moved since the plan that was sent: the plan as it is now, and what differs.
+async fn moved(
+    dashboard: &Dashboard,
+    sent: &Sent,
+    migration_id: &str,
+    direction: Direction,
+    error: UpdateError,
+) -> Shown {
+    let UpdateError::PlanChanged { differences, .. } = &error else { return Err(error.into()) };
+    let (session, differences) = (&sent.session, Some(in_words(differences)));
+    let page = match direction {
+        Direction::Apply => html(&dashboard.apply_plan_page(session, migration_id, differences).await?),
+        Direction::Rollback => html(&dashboard.rollback_plan_page(session, migration_id, differences).await?),
+    };
+    Ok((StatusCode::CONFLICT, page?).into_response())
+}
+
+fn direction(sent: &Sent) -> Result<Direction, DashboardError> {
+    match sent.field("direction") {
+        "apply" => Ok(Direction::Apply),
+        "rollback" => Ok(Direction::Rollback),
+        _ => Err(DashboardError::Malformed),
+    }
+}
+
+async fn propose_plan(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(migration_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let (direction, actor) = (direction(&sent)?, &sent.session.actor);
+    let updates = &dashboard.health.updates;
+    match updates.propose_plan(&migration_id, direction, sent.field("plan_digest"), actor).await {
+        Ok(_) => Ok(see_other(&format!("{}/{}-review", update_path(&migration_id), direction.as_str()))),
+        Err(error) => moved(&dashboard, &sent, &migration_id, direction, error).await,
+    }
+}
+
+async fn approve_plan(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(migration_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    sent.confirms()?;
+    let (direction, actor) = (direction(&sent)?, &sent.session.actor);
+    let updates = &dashboard.health.updates;
+    match updates.approve_plan(&migration_id, sent.field("proposal_id"), actor).await {
+        Ok(_) => Ok(see_other(&format!("{}/{}-review", update_path(&migration_id), direction.as_str()))),
+        Err(error) => moved(&dashboard, &sent, &migration_id, direction, error).await,
+    }
 }
 
 #[derive(Deserialize)]
 struct AgentsQuery {
     #[serde(default)]
     from: String,
+    #[serde(default)]
+    only: String,
     #[serde(default)]
     after: String,
 }
@@ -486,7 +632,7 @@ async fn show_agents(
     Viewer(session): Viewer,
     Query(query): Query<AgentsQuery>,
 ) -> Shown {
-    html(&dashboard.agents_page(&session, query.from.trim(), &query.after).await?)
+    html(&dashboard.agents_page(&session, query.from.trim(), &query.only, &query.after).await?)
 }
 
 async fn show_agent(
@@ -526,6 +672,33 @@ async fn renew_agent(
     sent: Sent,
 ) -> Shown {
     dashboard.agents.renew(&agent_id, None, None, &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+async fn pin_dpop_key(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let jwk = serde_json::from_str(sent.field("jwk"))
+        .map_err(|_| DashboardError::Jwk("it is no JSON".to_owned()))?;
+    let jwk = PublicJwk::from_value(&jwk).map_err(|error| DashboardError::Jwk(error.to_string()))?;
+    dashboard.agents.set_dpop_key(&agent_id, &jwk.thumbprint(), &sent.session.actor).await?;
+    Ok(see_other(&agent_path(&agent_id)))
+}
+
+/// There is no way back: the form has to say whose name it is.
+async fn revoke_agent(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(agent_id): Path<String>,
+    sent: Sent,
+) -> Shown {
+    if sent.field("confirm") != agent_id {
+        return Err(DashboardError::OtherName(agent_id).into());
+    }
+    let reason = revocation_reason(Some(sent.field("reason")))?;
+    let which = Which::Agent(agent_id.clone());
+    dashboard.agents.revoke(&which, reason, &sent.session.actor).await?;
     Ok(see_other(&agent_path(&agent_id)))
 }
 
@@ -642,7 +815,7 @@ async fn show_tool(
     Viewer(session): Viewer,
     Path(tool_id): Path<String>,
 ) -> Shown {
-    html(&dashboard.tool_page(&session, &tool_id).await?)
+    html(&dashboard.tool_page(&session, &tool_id, None).await?)
 }
 
 /// Approves what the page has shown, by its digest: what the server says since then is not approved with it.
@@ -680,6 +853,13 @@ async fn limit_tool(
     Ok(see_other(&tool_path(&tool_id)))
 }
 
+/// Shows what the tool answered in the answer to the form: it is kept nowhere.
+async fn try_tool(State(dashboard): State<Arc<Dashboard>>, Path(tool_id): Path<String>, sent: Sent) -> Shown {
+    let (arguments, actor) = (sent.field("arguments"), &sent.session.actor);
+    let trial = dashboard.gateway.try_tool(actor, &tool_id, arguments).await?;
+    html(&dashboard.tool_page(&sent.session, &tool_id, Some((arguments.to_owned(), trial))).await?)
+}
+
 async fn bind_agent(
     State(dashboard): State<Arc<Dashboard>>,
     context: Context,
@@ -708,12 +888,93 @@ async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): View
     html(&dashboard.pki_page(&session).await?)
 }
 
+async fn show_overlap(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.overlap_page(&session).await?)
+}
+
+/// There is no way back: the form has to name the organisation.
+async fn settle_overlap(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
+    let org_id = dashboard.pki().authority().org_id.clone();
+    if sent.field("confirm") != org_id {
+        return Err(DashboardError::OtherName(org_id).into());
+    }
+    let break_agents = sent.field("break_agents") == "yes";
+    dashboard.health.updates.settle(break_agents, &sent.session.actor).await?;
+    Ok(see_other("/proxy/pki"))
+}
+
+/// A certificate of ours as a file, by its fingerprint.
+async fn show_certificate(
+    State(dashboard): State<Arc<Dashboard>>,
+    _viewer: Viewer,
+    Path(fingerprint): Path<String>,
+) -> Shown {
+    let pem = dashboard.certificate_pem(&fingerprint)?;
+    let name = format!("attachment; filename=\"{fingerprint}.pem\"");
+    let name = HeaderValue::try_from(name).map_err(|_| DashboardError::Malformed)?;
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("application/x-pem-file")),
+        (header::CONTENT_DISPOSITION, name),
+    ];
+    Ok((headers, pem).into_response())
+}
+
 async fn show_keys(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
     html(&dashboard.keys_page(&session).await?)
 }
 
 async fn show_settings(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
     html(&dashboard.settings_page(&session).await?)
+}
+
+async fn show_operators(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
+    html(&dashboard.operators_page(&session).await?)
+}
+
+/// Shows the secret in the answer to the form: there is no address under which it could be asked for again.
+async fn add_operator(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
+    let role = crate::operators::role(Some(sent.field("role")))?;
+    let issued = dashboard.operators.add(sent.field("name"), role, &sent.session.actor).await?;
+    html(&dashboard.issued_page(&sent.session, issued).await?)
+}
+
+async fn set_operator_role(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(name): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let role = crate::operators::role(Some(sent.field("role")))?;
+    dashboard.operators.set_role(&name, role, &sent.session.actor).await?;
+    Ok(see_other("/proxy/operators"))
+}
+
+async fn reset_operator(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(name): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let issued = dashboard.operators.reset_secret(&name, &sent.session.actor).await?;
+    html(&dashboard.issued_page(&sent.session, issued).await?)
+}
+
+/// There is no way back: the form has to say whose name it is.
+async fn deactivate_operator(
+    State(dashboard): State<Arc<Dashboard>>,
+    Path(name): Path<String>,
+    sent: Sent,
+) -> Shown {
+    if sent.field("confirm") != name {
+        return Err(DashboardError::OtherName(name).into());
+    }
+    dashboard.operators.deactivate(&name, &sent.session.actor).await?;
+    Ok(see_other("/proxy/operators"))
+}
+
+/// Ends what single sign-on has opened for somebody: their role is the provider's to take away.
+async fn end_sso_sessions(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
+    let (store, actor) = (&dashboard.pki().store, sent.field("actor"));
+    session::close_signed_on(store, actor, &sent.session.actor).await?;
+    Ok(see_other("/proxy/operators"))
 }
 
 async fn show_audit(

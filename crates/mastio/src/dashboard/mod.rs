@@ -14,6 +14,7 @@ pub mod error;
 mod fleet;
 mod follow;
 pub mod http;
+mod operators;
 mod overview;
 mod session;
 mod setup;
@@ -22,6 +23,7 @@ mod tools;
 mod trust;
 mod updates;
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
@@ -30,8 +32,11 @@ use crate::config::InForce;
 use crate::enrollment::Agents;
 use crate::gateway::Gateway;
 use crate::health::Health;
-use crate::http::authn::{AdminSecret, Session};
+use crate::http::authn::{AdminSecret, Role, Session};
+use crate::http::urls::ExternalUrls;
 use crate::operators::Operators;
+use crate::operators::access::{self, Access};
+use crate::operators::sso::Sso;
 use crate::pki::Pki;
 use crate::updates::halt::{self, HaltReason};
 use error::DashboardError;
@@ -44,6 +49,8 @@ pub struct Dashboard {
     gateway: Arc<Gateway>,
     secret: AdminSecret,
     settings: Vec<InForce>,
+    /// Single sign-on, and the URLs by which browsers know us.
+    sso: Option<(Sso, ExternalUrls)>,
     followers: Arc<Semaphore>,
 }
 
@@ -53,13 +60,40 @@ pub struct Frame {
     /// Which entry of the navigation is marked.
     section: &'static str,
     csrf_token: String,
-    signed_in: bool,
+    /// Who looks, and what they may do; nobody on the page that signs in.
+    viewer: Option<(String, Role)>,
     /// Its name, or else its id.
     organisation: String,
     version: String,
     halt: Option<HaltBanner>,
     /// Without scripts, a page that shows something moving is fetched again by itself.
     moving: bool,
+}
+
+impl Frame {
+    fn is_signed_in(&self) -> bool {
+        self.viewer.is_some()
+    }
+
+    /// Whether whoever looks may send a form to `action`.
+    fn may(&self, action: impl Display) -> bool {
+        self.refusal(action).is_none()
+    }
+
+    /// Why whoever looks may not send a form to `action`: what the guard would answer.
+    fn refusal(&self, action: impl Display) -> Option<String> {
+        let required = match access::of_form(&action.to_string())? {
+            Access::Anyone => return None,
+            Access::Page(required) | Access::Api(required) => required,
+        };
+        let (_, role) = self.viewer.as_ref().filter(|(_, role)| *role < required)?;
+        Some(format!("This needs the role {}; yours is {}.", required.as_str(), role.as_str()))
+    }
+
+    /// Whether whoever looks manages operators.
+    fn is_admin(&self) -> bool {
+        self.viewer.as_ref().is_some_and(|(_, role)| *role == Role::Admin)
+    }
 }
 
 /// The banner that stands on every page while signing is halted.
@@ -81,6 +115,7 @@ impl Dashboard {
         gateway: Arc<Gateway>,
         secret: AdminSecret,
         settings: Vec<InForce>,
+        sso: Option<(Sso, ExternalUrls)>,
     ) -> Self {
         Self {
             health,
@@ -89,6 +124,7 @@ impl Dashboard {
             gateway,
             secret,
             settings,
+            sso,
             followers: Arc::new(Semaphore::new(follow::FOLLOWERS_MAX)),
         }
     }
@@ -113,7 +149,7 @@ impl Dashboard {
             title: title.into(),
             section,
             csrf_token: session.map(|session| session.csrf_token.clone()).unwrap_or_default(),
-            signed_in: session.is_some(),
+            viewer: session.map(|session| (session.actor.clone(), session.role)),
             organisation: match self.operators.organisation_name().await? {
                 Some(name) => name,
                 None => self.pki().authority().org_id.clone(),

@@ -10,6 +10,7 @@ use super::updates::Update;
 use super::{Dashboard, Frame};
 use crate::audit::Filter;
 use crate::config::{InForce, Origin};
+use crate::enrollment::lifecycle::Expiring;
 use crate::http::authn::Session;
 use crate::metrics::recent::Traffic;
 
@@ -48,6 +49,9 @@ pub(super) struct OverviewPage {
     waiting: Vec<Update>,
     endings: Vec<Ending>,
     retiring: i64,
+    /// Active agents seen with a former leaf; nothing while no Org CA retires.
+    on_old_leaf: Option<i64>,
+    expiring: Expiring,
     charts: [Chart; 2],
     events: Vec<Event>,
 }
@@ -67,6 +71,10 @@ pub(super) struct LoginPage {
     frame: Frame,
     next: String,
     problem: Option<String>,
+    /// The host of the provider that operators may sign on with.
+    sso: Option<String>,
+    /// Whether the password of the predecessor's dashboard is accepted.
+    password: bool,
     /// Whether the organisation waits to be set up.
     setup: bool,
 }
@@ -99,7 +107,15 @@ impl Dashboard {
         endings.push(ending("TLS server", self.health.tls.not_after()));
         endings.sort_by_key(|ending| ending.days);
         let filter = Filter { limit: EVENTS, ..Filter::default() };
+        let on_old_leaf = if authority.retiring.is_empty() {
+            None
+        } else {
+            let mut tx = self.pki().store.read().await?;
+            Some(self.health.updates.overlap_counts(&mut tx).await?.1)
+        };
         Ok(OverviewPage {
+            on_old_leaf,
+            expiring: self.agents.expiring().await?,
             frame: self.frame(Some(session), "overview", "Overview").await?,
             warnings: self.health.warnings(),
             waiting,
@@ -127,8 +143,14 @@ impl Dashboard {
         next: String,
         problem: Option<String>,
     ) -> Result<LoginPage, DashboardError> {
-        let setup = self.operators.is_setup_open().await?;
-        Ok(LoginPage { frame: self.frame(None, "", "Sign in").await?, next, problem, setup })
+        Ok(LoginPage {
+            sso: self.sso.as_ref().map(|(sso, _)| sso.host()),
+            password: self.operators.has_password().await?,
+            setup: self.operators.is_setup_open().await?,
+            frame: self.frame(None, "", "Sign in").await?,
+            next,
+            problem,
+        })
     }
 
     pub(super) async fn error_page(

@@ -1,5 +1,6 @@
 //! Rows of sessions.
 
+use crate::http::authn::Role;
 use crate::store::{Query, StoreError, WriteTx};
 use crate::values;
 
@@ -11,15 +12,22 @@ pub(super) struct SessionRow {
     pub created_at: i64,
     /// Unix seconds of the last request.
     pub seen_at: i64,
+    /// What single sign-on gave them; nothing for those whose role is an operator's own.
+    pub role: Option<String>,
 }
 
 /// The session of this id.
 pub(super) async fn session(tx: &mut impl Query, id: &str) -> Result<Option<SessionRow>, StoreError> {
     let row = tx
-        .row("SELECT actor, created_at, seen_at FROM dashboard_sessions WHERE id = $1", values![id])
+        .row("SELECT actor, created_at, seen_at, role FROM dashboard_sessions WHERE id = $1", values![id])
         .await?;
     row.map(|row| {
-        Ok(SessionRow { actor: row.text(0)?, created_at: row.integer(1)?, seen_at: row.integer(2)? })
+        Ok(SessionRow {
+            actor: row.text(0)?,
+            created_at: row.integer(1)?,
+            seen_at: row.integer(2)?,
+            role: row.optional_text(3)?,
+        })
     })
     .transpose()
 }
@@ -29,12 +37,14 @@ pub(super) async fn insert(
     tx: &mut WriteTx,
     id: &str,
     actor: &str,
+    role: Option<Role>,
     address: &str,
     now: i64,
 ) -> Result<(), StoreError> {
     tx.execute(
-        "INSERT INTO dashboard_sessions (id, actor, address, created_at, seen_at) VALUES ($1, $2, $3, $4, $4)",
-        values![id, actor, address, now],
+        "INSERT INTO dashboard_sessions (id, actor, address, created_at, seen_at, role) \
+         VALUES ($1, $2, $3, $4, $4, $5)",
+        values![id, actor, address, now, role.map(Role::as_str)],
     )
     .await
     .map(drop)
@@ -62,4 +72,40 @@ pub(super) async fn delete_ended(
     )
     .await
     .map(drop)
+}
+
+/// Somebody who is signed in by single sign-on.
+pub(super) struct SignedOnRow {
+    /// How the audit log names them.
+    pub actor: String,
+    /// What the provider gave them.
+    pub role: String,
+    /// Unix seconds of their last request.
+    pub seen_at: i64,
+}
+
+/// Who is signed in by single sign-on, by name; at most `limit`.
+pub(super) async fn signed_on(
+    tx: &mut impl Query,
+    created_after: i64,
+    seen_after: i64,
+    limit: i64,
+) -> Result<Vec<SignedOnRow>, StoreError> {
+    tx.rows(
+        "SELECT actor, MAX(role), MAX(seen_at) FROM dashboard_sessions \
+         WHERE role IS NOT NULL AND created_at > $1 AND seen_at > $2 GROUP BY actor ORDER BY actor LIMIT $3",
+        values![created_after, seen_after, limit],
+    )
+    .await?
+    .iter()
+    .map(|row| Ok(SignedOnRow { actor: row.text(0)?, role: row.text(1)?, seen_at: row.integer(2)? }))
+    .collect()
+}
+
+/// Ends every session of somebody who is signed in by single sign-on. False: there was none.
+pub(super) async fn delete_signed_on(tx: &mut WriteTx, actor: &str) -> Result<bool, StoreError> {
+    Ok(tx
+        .execute("DELETE FROM dashboard_sessions WHERE actor = $1 AND role IS NOT NULL", values![actor])
+        .await?
+        > 0)
 }

@@ -12,6 +12,7 @@ use super::{Dashboard, Frame, urlencoded};
 use crate::gateway::credential::Auth;
 use crate::gateway::definition::{Difference, differences};
 use crate::gateway::servers::{NewServer, Server, Tool};
+use crate::gateway::trial::Trial;
 use crate::gateway::{Binding, BindingFilter, Resource};
 use crate::http::authn::Session;
 
@@ -56,6 +57,11 @@ impl Listed {
     }
 }
 
+/// Where the forms about a server go.
+pub(super) fn server_path(server: &Server) -> String {
+    format!("/proxy/tools/servers/{}", urlencoded(&server.upstream_id))
+}
+
 fn path(tool: &Tool) -> String {
     format!("/proxy/tools/{}", urlencoded(&tool.tool_id))
 }
@@ -95,6 +101,9 @@ pub(super) struct ToolPage {
     changed: Vec<Changed>,
     bindings: Vec<Binding>,
     server_bindings: Vec<Binding>,
+    /// What the form begins with: the arguments that were tried, or those that the schema demands.
+    arguments: String,
+    trial: Option<Trial>,
     path: String,
     command: String,
 }
@@ -113,6 +122,22 @@ pub(super) fn new_server(
         required_capability: given(required_capability),
         ..NewServer::named(name, endpoint_url)
     }
+}
+
+/// An object with the members that a schema demands, empty.
+fn outline(schema: &Value) -> String {
+    let empty = |name: &str| match schema["properties"][name]["type"].as_str() {
+        Some("string") => Value::String(String::new()),
+        Some("number" | "integer") => Value::from(0),
+        Some("boolean") => Value::Bool(false),
+        Some("array") => Value::Array(Vec::new()),
+        Some("object") => Value::Object(serde_json::Map::new()),
+        _ => Value::Null,
+    };
+    let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let members: serde_json::Map<String, Value> =
+        required.map(|name| (name.to_owned(), empty(name))).collect();
+    serde_json::to_string_pretty(&Value::Object(members)).unwrap_or_default()
 }
 
 impl Dashboard {
@@ -158,12 +183,17 @@ impl Dashboard {
         &self,
         session: &Session,
         tool_id: &str,
+        tried: Option<(String, Trial)>,
     ) -> Result<ToolPage, DashboardError> {
         let tool = self.gateway.server_tool(tool_id).await?;
         let server = self.gateway.server(&tool.upstream_id).await?;
         let found: Value = serde_json::from_str(&tool.found).unwrap_or_default();
         let approved: Option<Value> =
             tool.definition.as_deref().and_then(|definition| serde_json::from_str(definition).ok());
+        let (arguments, trial) = match tried {
+            Some((arguments, trial)) => (arguments, Some(trial)),
+            None => (outline(&found["inputSchema"]), None),
+        };
         let text = |name: &str| found[name].as_str().unwrap_or_default().to_owned();
         Ok(ToolPage {
             frame: self.frame(Some(session), "tools", tool.name.clone()).await?,
@@ -176,6 +206,8 @@ impl Dashboard {
                 .unwrap_or_default(),
             bindings: self.active_bindings(&tool.tool_id).await?,
             server_bindings: self.active_bindings(&tool.upstream_id).await?,
+            arguments,
+            trial,
             path: path(&tool),
             command: format!(
                 "curl -sk https://localhost:9443/v1/admin/mcp-tools/{} -H \"X-Admin-Secret: $ADMIN_SECRET\" | jq",
@@ -184,5 +216,23 @@ impl Dashboard {
             tool,
             server,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_form_begins_with_the_members_that_a_schema_demands() {
+        let schema = json!({
+            "type": "object", "required": ["n", "text", "odd"],
+            "properties": { "text": { "type": "string" }, "n": { "type": "integer" }, "more": { "type": "string" } },
+        });
+        let outlined: Value = serde_json::from_str(&outline(&schema)).unwrap_or_default();
+        assert_eq!(outlined, json!({ "n": 0, "text": "", "odd": null }));
+        assert_eq!(outline(&Value::Null), "{}");
     }
 }

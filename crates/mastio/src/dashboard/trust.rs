@@ -9,7 +9,10 @@ use serde_json::Value;
 use super::error::DashboardError;
 use super::{Dashboard, Frame};
 use crate::audit::{self, Filter, Verdict};
+use crate::gateway::definition::sha256_hex;
 use crate::http::authn::Session;
+use crate::pki::PkiError;
+use crate::pki::store::hex;
 use crate::store::{Store, StoreError};
 
 /// Events on a page.
@@ -95,15 +98,100 @@ pub(super) async fn events(store: &Store, filter: &Filter) -> Result<Vec<Event>,
     Ok(audit::list(store, filter).await?.iter().map(Event::of).collect())
 }
 
+/// The latest events about runs of an update, oldest first, each with the run that it names.
+pub(super) async fn events_of_update(
+    store: &Store,
+    migration_id: &str,
+) -> Result<Vec<(String, Event)>, StoreError> {
+    /// Of each type; runs come one at a time, and rarely.
+    const LATEST: i64 = 50;
+    const TYPES: [EventType; 6] = [
+        EventType::UpdateSnapshotTaken,
+        EventType::UpdateApplied,
+        EventType::UpdateApplyFailed,
+        EventType::UpdateRolledBack,
+        EventType::UpdateRollbackFailed,
+        EventType::UpdateVerified,
+    ];
+    let mut found = Vec::new();
+    for kind in TYPES {
+        let filter =
+            Filter { event_type: Some(kind.as_str().to_owned()), limit: LATEST, ..Filter::default() };
+        for event in audit::list(store, &filter).await? {
+            let details = &event["details"];
+            if details["migration_id"] == migration_id
+                && let Some(run_id) = details["run_id"].as_str()
+            {
+                found.push((run_id.to_owned(), Event::of(&event)));
+            }
+        }
+    }
+    found.sort_by_key(|(_, event)| event.seq);
+    Ok(found)
+}
+
 /// `/proxy/pki`.
 #[derive(Template)]
 #[template(path = "pki.html")]
 pub(super) struct PkiPage {
     frame: Frame,
     chain: Vec<CertificateView>,
+    /// Each with whether its key is here.
     retiring: Vec<(CertificateView, bool)>,
+    /// What the present root and the retiring ones say of each other.
+    cross: Vec<CertificateView>,
+    token_key: Option<CertificateView>,
     tls_not_after: String,
+    tls_is_own: bool,
+    crls: Vec<List>,
+    bundle_sha256: String,
     legacy: bool,
+}
+
+/// A revocation list.
+pub(super) struct List {
+    issuer: &'static str,
+    /// Nothing: its issuer's key is not here.
+    signed: Option<SignedList>,
+}
+
+/// A revocation list that is signed.
+pub(super) struct SignedList {
+    number: i64,
+    this_update: String,
+    next_update: String,
+    path: String,
+    sha256: String,
+}
+
+/// An agent that an overlap is for.
+#[derive(Debug, Deserialize)]
+pub(super) struct Holding {
+    agent_id: String,
+    #[serde(default)]
+    enrollment: Option<String>,
+    #[serde(default)]
+    next: Option<String>,
+}
+
+/// `/proxy/pki/overlap`.
+#[derive(Template)]
+#[template(path = "overlap.html")]
+pub(super) struct OverlapPage {
+    frame: Frame,
+    overlap: bool,
+    /// Active, seen with the present leaf, seen with a former one, not seen.
+    counts: [i64; 4],
+    old_leaves: Vec<Holding>,
+    blocking_count: i64,
+    blocking: Vec<Holding>,
+    cannot_be_seen: Vec<String>,
+    ends_rollback_of: Vec<String>,
+    /// Why the overlap cannot be ended now.
+    refused: Option<String>,
+    /// Whether it could be, at the price of agents that still present a former leaf.
+    breaks: bool,
+    org_id: String,
 }
 
 /// A token key.
@@ -114,6 +202,7 @@ pub(super) struct Key {
     activated_at: Option<String>,
     deprecated_at: Option<String>,
     expires_at: Option<String>,
+    certificate_ends: Option<String>,
     thumbprint: String,
 }
 
@@ -194,12 +283,81 @@ impl Dashboard {
         let retiring = authority.retiring.iter().map(|anchor| {
             (CertificateView::of("Retiring Org CA", &anchor.certificate), anchor.key.is_some())
         });
+        let issuers = [("Mastio CA", authority.mastio_ca.as_ref()), ("Org CA", Some(&authority.org_ca))];
+        let mut crls = Vec::new();
+        for (issuer, certificate) in issuers {
+            let Some(certificate) = certificate else { continue };
+            let key_id = hex(&certificate.key_id());
+            let signed = match self.pki().crl(Some(&key_id)).await {
+                Ok(crl) => Some(SignedList {
+                    number: crl.number,
+                    this_update: crl.this_update.to_rfc3339(),
+                    next_update: crl.next_update.to_rfc3339(),
+                    path: format!("/pki/crl/{key_id}"),
+                    sha256: sha256_hex(&crl.der()?),
+                }),
+                Err(PkiError::NoCrl) => None,
+                Err(error) => return Err(error.into()),
+            };
+            crls.push(List { issuer, signed });
+        }
+        let cross = authority.cross_certificates.iter();
+        let token_key = authority.active_token_key().and_then(|key| key.certificate.as_ref());
         Ok(PkiPage {
             frame: self.frame(Some(session), "pki", "PKI").await?,
             chain,
             retiring: retiring.collect(),
+            cross: cross
+                .map(|certificate| CertificateView::of("Org CA, cross-signed", certificate))
+                .collect(),
+            token_key: token_key.map(|certificate| CertificateView::of("Token key", certificate)),
             tls_not_after: self.health.tls.not_after().to_rfc3339(),
+            tls_is_own: self.health.tls.has_own_files(),
+            crls,
+            bundle_sha256: sha256_hex(authority.bundle_pem().as_bytes()),
             legacy: authority.org_ca_has_legacy_path_len(),
+        })
+    }
+
+    /// A certificate of ours by its fingerprint, PEM. Errors: [`DashboardError::NotFound`].
+    pub(super) fn certificate_pem(&self, fingerprint: &str) -> Result<String, DashboardError> {
+        let authority = self.pki().authority();
+        let mut ours = std::iter::once(&authority.org_ca)
+            .chain(&authority.mastio_ca)
+            .chain(authority.retiring.iter().map(|anchor| &anchor.certificate))
+            .chain(&authority.cross_certificates)
+            .chain(authority.token_keys.iter().filter_map(|key| key.certificate.as_ref()));
+        let found = ours.find(|certificate| certificate.fingerprint() == fingerprint);
+        found
+            .map(Certificate::to_pem)
+            .ok_or_else(|| DashboardError::NotFound(format!("certificate {fingerprint} of ours")))
+    }
+
+    pub(super) async fn overlap_page(&self, session: &Session) -> Result<OverlapPage, DashboardError> {
+        let told = self.health.updates.overlap().await?;
+        let number = |value: &Value| value.as_i64().unwrap_or(0);
+        let agents = &told["agents"];
+        let texts = |value: &Value| -> Vec<String> {
+            value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let holding = |value: &Value| -> Vec<Holding> {
+            value.as_array().into_iter().flatten().filter_map(|row| Holding::deserialize(row).ok()).collect()
+        };
+        let settling = &told["settling"];
+        let refused = &settling["refused"];
+        Ok(OverlapPage {
+            frame: self.frame(Some(session), "pki", "The trust overlap").await?,
+            overlap: told["overlap"] == true,
+            counts: ["active", "on_present_leaf", "on_old_leaf", "not_seen"]
+                .map(|name| number(&agents[name])),
+            old_leaves: holding(&told["on_old_leaf"]),
+            blocking_count: number(&told["blocking"]["count"]),
+            blocking: holding(&told["blocking"]["agents"]),
+            cannot_be_seen: texts(&told["cannot_be_seen"]),
+            ends_rollback_of: texts(&settling["ends_rollback_of"]),
+            breaks: refused["reason"] == "agents_on_old_leaf",
+            refused: refused["message"].as_str().or_else(|| refused.as_str()).map(str::to_owned),
+            org_id: self.pki().authority().org_id.clone(),
         })
     }
 
@@ -223,6 +381,7 @@ impl Dashboard {
                 activated_at: text(key.activated_at),
                 deprecated_at: text(key.deprecated_at),
                 expires_at: text(key.expires_at),
+                certificate_ends: text(key.certificate.as_ref().map(Certificate::not_after)),
                 thumbprint: key.public.thumbprint(),
             }
         });

@@ -4,13 +4,17 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use askama::Template;
+use mastio_core::time::UnixTime;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::checks::Check;
 use super::error::DashboardError;
+use super::trust::{Event, events_of_update};
 use super::{Dashboard, Frame, urlencoded};
 use crate::http::authn::Session;
-use crate::updates::{CertificateSummary, Plan, UpdateError};
+use crate::updates::approval::Proposal;
+use crate::updates::{CertificateSummary, Direction, Plan, UpdateError};
 
 use crate::updates::history::RollbackOutline;
 use crate::updates::migration::Declaration;
@@ -91,35 +95,87 @@ impl Update {
     }
 }
 
-/// A run, with what its record means.
-pub(super) struct Run(RunRecord);
+/// A proposal as the API tells it.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Proposed {
+    direction: String,
+    plan_digest: String,
+    status: String,
+    proposed_by: String,
+    proposed_at: String,
+    approved_by: Option<String>,
+}
 
-impl Run {
+impl Proposed {
     fn is_open(&self) -> bool {
-        self.0.finished_at.is_none()
+        matches!(self.status.as_str(), "proposed" | "approved")
     }
 
     fn class(&self) -> &'static str {
-        match (&self.0.finished_at, &self.0.error) {
+        match self.status.as_str() {
+            "proposed" => "waiting",
+            "approved" | "used" => "good",
+            _ => "over",
+        }
+    }
+
+    fn status_word(&self) -> String {
+        self.status.replace('_', " ")
+    }
+}
+
+/// What whoever looks at a plan may do with it.
+pub(super) enum Stand {
+    /// Have it carried out. `approved`: where two operators have to stand behind it, and do.
+    Run { approved: Option<Proposal> },
+    /// Propose it to the others. `stale`: who has proposed another one, which this would replace.
+    Propose { stale: Option<String> },
+    /// Wait for another operator.
+    Wait { until: String },
+    /// Approve what somebody else has proposed.
+    Approve { proposal: Proposal },
+}
+
+/// A run, with what its record means and what the audit log has of it.
+pub(super) struct Run {
+    record: RunRecord,
+    /// Empty for the run under way.
+    events: Vec<Event>,
+}
+
+fn is_open(record: &RunRecord) -> bool {
+    record.finished_at.is_none()
+}
+
+impl Run {
+    fn class(&self) -> &'static str {
+        match (&self.record.finished_at, &self.record.error) {
             (None, _) => "waiting",
             (Some(_), Some(_)) => "bad",
             (Some(_), None) => "good",
         }
     }
 
-    fn outcome(&self) -> String {
-        let record = &self.0;
-        match (&record.finished_at, &record.error, &record.committed_at) {
-            (None, _, _) => format!("under way: {}", record.phase),
-            (Some(_), Some(error), None) => format!("nothing was changed: {error}"),
-            (Some(_), Some(error), Some(_)) => format!("changed, and not verified: {error}"),
-            (Some(_), None, Some(_)) => "changed and verified".to_owned(),
-            (Some(_), None, None) => "nothing was needed".to_owned(),
+    fn title(&self) -> &'static str {
+        if self.record.direction == "apply" { "Apply" } else { "Rollback" }
+    }
+
+    fn outcome_word(&self) -> &'static str {
+        match (&self.record.finished_at, &self.record.error, &self.record.committed_at) {
+            (None, _, _) => "under way",
+            (Some(_), Some(_), None) => "nothing was changed",
+            (Some(_), Some(_), Some(_)) => "changed, and not verified",
+            (Some(_), None, Some(_)) => "changed and verified",
+            (Some(_), None, None) => "nothing was needed",
         }
     }
 
     fn percent(&self) -> i64 {
-        if self.0.total > 0 { (self.0.done.saturating_mul(100) / self.0.total).clamp(0, 100) } else { 0 }
+        if self.record.total > 0 {
+            (self.record.done.saturating_mul(100) / self.record.total).clamp(0, 100)
+        } else {
+            0
+        }
     }
 
     /// Each phase, and whether it is `done`, `now` or `ahead`.
@@ -132,7 +188,7 @@ impl Run {
             ("commit", "One transaction changes everything"),
             ("activate", "The stored state is read and judged"),
         ];
-        let present = PHASES.iter().position(|(name, _)| *name == self.0.phase).unwrap_or(0);
+        let present = PHASES.iter().position(|(name, _)| *name == self.record.phase).unwrap_or(0);
         PHASES
             .iter()
             .enumerate()
@@ -242,6 +298,7 @@ pub(super) struct DetailPage {
     update: Update,
     open: Option<Run>,
     history: Vec<Run>,
+    proposals: Vec<Proposed>,
     has_snapshot: bool,
     checks: Vec<Check>,
 }
@@ -263,6 +320,10 @@ pub(super) struct ApplyPlanPage {
     plan: Plan,
     picture: Picture,
     seconds: u64,
+    digest: String,
+    stand: Stand,
+    /// What has moved since the plan that was sent, where that is why this page is shown.
+    moved: Option<Vec<String>>,
 }
 
 /// `/proxy/updates/{id}/rollback-review`.
@@ -272,6 +333,10 @@ pub(super) struct RollbackPlanPage {
     frame: Frame,
     update: Update,
     plan: Option<RollbackOutline>,
+    digest: String,
+    stand: Stand,
+    /// As for an apply.
+    moved: Option<Vec<String>>,
 }
 
 impl Dashboard {
@@ -316,15 +381,56 @@ impl Dashboard {
         }
     }
 
-    async fn runs(&self, migration_id: &str) -> Result<Vec<Run>, DashboardError> {
-        Ok(self.health.updates.runs(migration_id).await?.into_iter().map(Run).collect())
+    /// The newest run, and the others with their evidence.
+    async fn runs(&self, migration_id: &str) -> Result<Vec<RunRecord>, DashboardError> {
+        Ok(self.health.updates.runs(migration_id).await?)
+    }
+
+    /// What the audit log has of each run: what names it, or is of its update and time.
+    async fn with_evidence(
+        &self,
+        migration_id: &str,
+        records: Vec<RunRecord>,
+    ) -> Result<Vec<Run>, DashboardError> {
+        let events = events_of_update(&self.pki().store, migration_id).await?;
+        let mut runs: Vec<Run> =
+            records.into_iter().map(|record| Run { record, events: Vec::new() }).collect();
+        for (run_id, event) in events {
+            if let Some(run) = runs.iter_mut().find(|run| run.record.run_id == run_id) {
+                run.events.push(event);
+            }
+        }
+        Ok(runs)
+    }
+
+    /// What `session`'s operator may do with the plan of this digest.
+    async fn stand(
+        &self,
+        session: &Session,
+        id: &str,
+        direction: Direction,
+        digest: &str,
+    ) -> Result<Stand, DashboardError> {
+        let updates = &self.health.updates;
+        if !updates.needs_two_operators() {
+            return Ok(Stand::Run { approved: None });
+        }
+        Ok(match updates.open_proposal(id, direction).await? {
+            None => Stand::Propose { stale: None },
+            Some(open) if open.plan_digest != digest => Stand::Propose { stale: Some(open.proposed_by) },
+            Some(open) if open.approved_by.is_some() => Stand::Run { approved: Some(open) },
+            Some(open) if open.is_by(&session.actor) => {
+                Stand::Wait { until: UnixTime(open.expires_at).to_rfc3339() }
+            }
+            Some(open) => Stand::Approve { proposal: open },
+        })
     }
 
     pub(super) async fn updates_page(&self, session: &Session) -> Result<ListPage, DashboardError> {
         let updates = self.updates().await?;
         let mut running = None;
         for update in &updates {
-            if self.runs(&update.migration_id).await?.first().is_some_and(Run::is_open) {
+            if self.runs(&update.migration_id).await?.first().is_some_and(is_open) {
                 running = Some(update.migration_id.clone());
             }
         }
@@ -337,9 +443,17 @@ impl Dashboard {
         id: &str,
     ) -> Result<DetailPage, DashboardError> {
         let update = self.known(id).await?;
-        let mut history = self.runs(id).await?;
-        let is_open = history.first().is_some_and(Run::is_open);
-        let open = is_open.then(|| history.remove(0));
+        let mut records = self.runs(id).await?;
+        let open = records.first().is_some_and(is_open).then(|| records.remove(0));
+        let open = open.map(|record| Run { record, events: Vec::new() });
+        let history = self.with_evidence(id, records).await?;
+        let proposals = match self.health.updates.proposals(id).await {
+            // Our own list in our own shape.
+            Ok(list) => serde_json::from_value(list.into()).map_err(|_| DashboardError::Malformed)?,
+            // A row of another version's has no plan to propose.
+            Err(UpdateError::Unknown(_)) => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
         let has_snapshot = self.health.updates.has_snapshot(id).await?;
         let checks = if update.status == "applied" && open.is_none() {
             self.verify_after_apply(&update).await?
@@ -348,20 +462,21 @@ impl Dashboard {
         };
         let mut frame = self.frame(Some(session), "updates", update.migration_id.clone()).await?;
         frame.moving = open.is_some();
-        Ok(DetailPage { frame, update, open, history, has_snapshot, checks })
+        Ok(DetailPage { frame, update, open, history, proposals, has_snapshot, checks })
     }
 
     /// The run under way, or none any more.
     pub(super) async fn run_fragment(&self, id: &str) -> Result<Option<RunFragment>, DashboardError> {
         let update = self.known(id).await?;
-        let run = self.runs(id).await?.into_iter().next().filter(Run::is_open);
-        Ok(run.map(|run| RunFragment { update, run }))
+        let run = self.runs(id).await?.into_iter().next().filter(is_open);
+        Ok(run.map(|record| RunFragment { update, run: Run { record, events: Vec::new() } }))
     }
 
     pub(super) async fn apply_plan_page(
         &self,
         session: &Session,
         id: &str,
+        moved: Option<Vec<String>>,
     ) -> Result<ApplyPlanPage, DashboardError> {
         let update = self.known(id).await?;
         let began = Instant::now();
@@ -370,17 +485,71 @@ impl Dashboard {
         let picture = Picture::of(&plan, intermediate);
         let seconds = began.elapsed().as_secs() + 1;
         let frame = self.frame(Some(session), "updates", format!("Apply {id}")).await?;
-        Ok(ApplyPlanPage { frame, update, plan, picture, seconds })
+        let digest = plan.plan_digest.clone();
+        let stand = self.stand(session, id, Direction::Apply, &digest).await?;
+        Ok(ApplyPlanPage { frame, update, plan, picture, seconds, digest, stand, moved })
     }
 
     pub(super) async fn rollback_plan_page(
         &self,
         session: &Session,
         id: &str,
+        moved: Option<Vec<String>>,
     ) -> Result<RollbackPlanPage, DashboardError> {
         let update = self.known(id).await?;
         let plan = self.rollback_plan(id).await?;
+        // What the outline tells is read; what the form is held to is computed.
+        let digest = match plan.as_ref().filter(|plan| plan.blocker.is_none()) {
+            Some(_) => self.health.updates.rollback_plan(id).await?.plan_digest,
+            None => String::new(),
+        };
+        let stand = self.stand(session, id, Direction::Rollback, &digest).await?;
         let frame = self.frame(Some(session), "updates", format!("Roll back {id}")).await?;
-        Ok(RollbackPlanPage { frame, update, plan })
+        Ok(RollbackPlanPage { frame, update, plan, digest, stand, moved })
+    }
+}
+
+/// What has moved between two plans, in words. `differences`: as [`UpdateError::PlanChanged`] has them.
+pub(super) fn in_words(differences: &Value) -> Vec<String> {
+    let names = |list: &Value| {
+        let names: Vec<&str> = list.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        names.join(", ")
+    };
+    if differences["known"] != true {
+        let why = differences["message"].as_str().unwrap_or("which values moved is not kept");
+        return vec![format!("not known: {why}")];
+    }
+    let mut lines = Vec::new();
+    let cells = names(&differences["cells"]);
+    if !cells.is_empty() {
+        lines.push(format!("values: {cells}"));
+    }
+    for (kind, words) in
+        [("entered", "agents that came"), ("left", "agents that left"), ("changed", "agents that changed")]
+    {
+        let count = differences[kind]["count"].as_u64().unwrap_or(0);
+        if count > 0 {
+            lines.push(format!("{count} {words}: {}", names(&differences[kind]["agents"])));
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_moved_between_two_plans_is_told_in_words() {
+        let nobody = json!({ "count": 0, "agents": [] });
+        let moved = json!({
+            "known": true, "cells": ["proxy_config/org_ca_cert/value"], "entered": nobody,
+            "left": { "count": 2, "agents": ["a", "b"] }, "changed": nobody,
+        });
+        assert_eq!(in_words(&moved), ["values: proxy_config/org_ca_cert/value", "2 agents that left: a, b"]);
+        let unknown = json!({ "known": false, "message": "it was long ago" });
+        assert_eq!(in_words(&unknown), ["not known: it was long ago"]);
     }
 }

@@ -521,6 +521,22 @@ impl Agents {
         Ok(store::page(&mut self.pki().store.read().await?, after, limit).await?)
     }
 
+    /// The agents that are active, or those that are not; a page at a time, by id after `after`.
+    pub async fn list_by_state(
+        &self,
+        active: bool,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<Agent>, EnrollmentError> {
+        Ok(store::page_by_state(&mut self.pki().store.read().await?, active, after, limit).await?)
+    }
+
+    /// How many active agents' certificates have ended or end soon.
+    pub async fn expiring(&self) -> Result<Expiring, EnrollmentError> {
+        let now = self.pki().clock.now().seconds();
+        Ok(store::expiring(&mut self.pki().store.read().await?, now).await?)
+    }
+
     /// Active agents whose certificate ends within `days`, or has ended; a page at a time, by id after `after`.
     pub async fn list_expiring(
         &self,

@@ -81,6 +81,26 @@ pub async fn page_expiring(
     .collect()
 }
 
+/// A page of agents after an id that are active, or that are not.
+pub async fn page_by_state(
+    tx: &mut impl Query,
+    active: bool,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Agent>, StoreError> {
+    tx.rows(
+        "SELECT agent_id, display_name, capabilities, cert_pem, is_active, enrollment_method, dpop_jkt, principal_type, \
+         previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at, \
+         (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = internal_agents.agent_id) \
+         FROM internal_agents WHERE is_active = $3 AND agent_id > $1 ORDER BY agent_id LIMIT $2",
+        values![after, limit, active],
+    )
+    .await?
+    .iter()
+    .map(read)
+    .collect()
+}
+
 /// How many active agents' certificates have ended or end soon.
 pub async fn expiring(tx: &mut impl Query, now: UnixTime) -> Result<Expiring, StoreError> {
     let row = tx

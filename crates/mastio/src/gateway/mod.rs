@@ -41,6 +41,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 mod trace;
+pub mod trial;
 mod upstream;
 
 use std::sync::Arc;
@@ -350,6 +351,11 @@ impl Gateway {
         let mut tx = self.store.read().await?;
         Ok(store::bindings(&mut tx, holder, filter.resource_id, filter.after.unwrap_or_default(), limit)
             .await?)
+    }
+
+    /// What a binding is to: the name of a tool, of a server, or of a single tool; nothing where it is gone.
+    pub async fn resource_of(&self, resource_id: &str) -> Result<Option<String>, GatewayError> {
+        Ok(store::bindable_name(&mut self.store.read().await?, &self.org_id, resource_id).await?)
     }
 
     /// Ends a grant. The row stays, for whoever asks later.

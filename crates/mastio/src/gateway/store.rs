@@ -210,7 +210,7 @@ pub(super) async fn resource_name(
 
 /// The name of what a binding can be to: a resource of ours, a server, or a server's tool.
 pub(super) async fn bindable_name(
-    tx: &mut WriteTx,
+    tx: &mut impl Query,
     org_id: &str,
     resource_id: &str,
 ) -> Result<Option<String>, StoreError> {

@@ -75,6 +75,7 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     // Operators.
     ("GET", "/v1/admin/operators", Api(Admin)),
     ("POST", "/v1/admin/operators", Api(Admin)),
+    ("PATCH", "/v1/admin/operators/{name}", Api(Admin)),
     ("DELETE", "/v1/admin/operators/{name}", Api(Admin)),
     ("POST", "/v1/admin/operators/{name}/reset-password", Api(Admin)),
     // Updates.
@@ -94,6 +95,8 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("GET", "/proxy", Page(Viewer)),
     ("GET", "/proxy/login", Anyone),
     ("POST", "/proxy/login", Anyone),
+    ("GET", "/proxy/login/sso", Anyone),
+    ("GET", "/proxy/login/sso/callback", Anyone),
     ("GET", "/proxy/setup", Anyone),
     ("POST", "/proxy/setup", Anyone),
     ("POST", "/proxy/logout", Page(Viewer)),
@@ -104,11 +107,15 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/proxy/updates/{migration_id}/apply-review", Page(Operator)),
     ("GET", "/proxy/updates/{migration_id}/rollback-review", Page(Viewer)),
     ("POST", "/proxy/updates/{migration_id}/rollback-review", Page(Operator)),
+    ("POST", "/proxy/updates/{migration_id}/propose-plan", Page(Operator)),
+    ("POST", "/proxy/updates/{migration_id}/approve-plan", Page(Operator)),
     ("GET", "/proxy/agents", Page(Viewer)),
     ("GET", "/proxy/agents/{agent_id}", Page(Viewer)),
     ("POST", "/proxy/agents/{agent_id}/deactivate", Page(Operator)),
     ("POST", "/proxy/agents/{agent_id}/reactivate", Page(Operator)),
     ("POST", "/proxy/agents/{agent_id}/renew", Page(Operator)),
+    ("POST", "/proxy/agents/{agent_id}/dpop-key", Page(Operator)),
+    ("POST", "/proxy/agents/{agent_id}/revoke", Page(Operator)),
     ("POST", "/proxy/agents/{agent_id}/delete", Page(Operator)),
     ("GET", "/proxy/enrollments", Page(Viewer)),
     ("GET", "/proxy/enrollments/rows", Page(Viewer)),
@@ -123,11 +130,21 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/proxy/tools/{tool_id}/approve", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/block", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/limits", Page(Operator)),
+    ("POST", "/proxy/tools/{tool_id}/try", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/bind", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/unbind", Page(Operator)),
     ("GET", "/proxy/pki", Page(Viewer)),
+    ("GET", "/proxy/pki/overlap", Page(Viewer)),
+    ("POST", "/proxy/pki/settle", Page(Admin)),
+    ("GET", "/proxy/pki/certificates/{fingerprint}", Page(Viewer)),
     ("GET", "/proxy/mastio-key", Page(Viewer)),
     ("GET", "/proxy/settings", Page(Viewer)),
+    ("GET", "/proxy/operators", Page(Admin)),
+    ("POST", "/proxy/operators", Page(Admin)),
+    ("POST", "/proxy/operators/end-sessions", Page(Admin)),
+    ("POST", "/proxy/operators/{name}/role", Page(Admin)),
+    ("POST", "/proxy/operators/{name}/reset", Page(Admin)),
+    ("POST", "/proxy/operators/{name}/deactivate", Page(Admin)),
     ("GET", "/proxy/audit", Page(Viewer)),
     ("GET", "/proxy/audit/rows", Page(Viewer)),
     ("GET", "/proxy/audit/stream", Page(Viewer)),
@@ -149,6 +166,20 @@ pub fn of(method: &Method, path: &str) -> Option<Access> {
     // The routers answer HEAD with what GET says.
     let method = if method == Method::HEAD { "GET" } else { method.as_str() };
     TABLE.iter().find(|(known, route, _)| *known == method && *route == path).map(|(_, _, access)| *access)
+}
+
+/// Who may send a form to `path`, which names things where the table has `{…}`. `None`: nobody.
+#[must_use]
+pub fn of_form(path: &str) -> Option<Access> {
+    let path = path.split('#').next().unwrap_or(path);
+    let fits = |route: &str| {
+        let mut segments = path.split('/');
+        let all = route.split('/').all(|wanted| {
+            segments.next().is_some_and(|segment| wanted == segment || wanted.starts_with('{'))
+        });
+        all && segments.next().is_none()
+    };
+    TABLE.iter().find(|(method, route, _)| *method == "POST" && fits(route)).map(|(_, _, access)| *access)
 }
 
 /// Whether the route `path` has a line for any method.
@@ -185,6 +216,10 @@ mod tests {
         assert_eq!(of(&Method::GET, "/v1/admin/no-such-route"), None);
         assert_eq!(of(&Method::DELETE, "/proxy/updates/api"), None);
         assert_eq!(of(&Method::HEAD, "/proxy/updates/api"), Some(Api(Viewer)));
+        assert_eq!(of_form("/proxy/agents/acme::a-1/renew"), Some(Page(Operator)));
+        assert_eq!(of_form("/proxy/operators/alice/role"), Some(Page(Admin)));
+        assert_eq!(of_form("/proxy/agents/acme::a-1/renew/x"), None);
+        assert_eq!(of_form("/proxy/agents/acme::a-1"), None);
         assert!(governs("/v1/admin/no-such-route") && governs("/proxy") && !governs("/proxyfoo"));
     }
 }

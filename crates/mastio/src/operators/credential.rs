@@ -2,6 +2,9 @@
 //!
 //! The form is `$argon2id$v=19$m=…,t=…,p=…$salt$hash` (Password Hashing Competition, string format). Only our own
 //! parameters are accepted, so that a row that somebody has written cannot make the server compute for minutes.
+//!
+//! The predecessor's dashboard password is a bcrypt hash. It is accepted up to a cost that bounds the work, for as long
+//! as it takes to be replaced: at the first sign-in.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
@@ -17,6 +20,8 @@ const HASH_BYTES: usize = 32;
 const MEMORY_KIB: u32 = 19 * 1024;
 const PASSES: u32 = 2;
 const LANES: u32 = 1;
+/// Its library's default is 12; each further one doubles the work.
+const BCRYPT_COST_MAX: u32 = 14;
 const PREFIX: &str = "$argon2id$v=19$m=19456,t=2,p=1$";
 /// What nobody's secret hashes to: compared where there is no operator, at the same cost.
 pub(super) const NOBODY: &str =
@@ -36,6 +41,22 @@ pub(super) fn matches(stored: &str, secret: &str) -> bool {
     });
     let Some((salt, expected)) = decoded else { return false };
     argon2id(secret, &salt).is_some_and(|hash| hash.ct_eq(expected.as_slice()).into())
+}
+
+/// Whether `stored` is a hash of the predecessor's form.
+pub(super) fn is_bcrypt(stored: &str) -> bool {
+    ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| stored.starts_with(prefix))
+}
+
+/// Whether `secret` is the one that the predecessor's hash `stored` was made of. False for a cost beyond
+/// [`BCRYPT_COST_MAX`].
+pub(super) fn matches_bcrypt(stored: &str, secret: &str) -> bool {
+    let cost = stored.get(4..6).and_then(|cost| cost.parse::<u32>().ok());
+    if !is_bcrypt(stored) || cost.is_none_or(|cost| cost > BCRYPT_COST_MAX) {
+        return false;
+    }
+    // It reads 72 bytes of the secret, as the predecessor's library did; compared in constant time.
+    bcrypt::verify(secret, stored).unwrap_or(false)
 }
 
 fn argon2id(secret: &str, salt: &[u8]) -> Option<Zeroizing<[u8; HASH_BYTES]>> {
@@ -60,6 +81,20 @@ mod tests {
         assert!(!matches(&stored, "s3cret "));
         assert!(!matches(&stored, ""));
         assert!(!matches(NOBODY, ""));
+    }
+
+    #[test]
+    fn the_predecessor_s_hash_matches_up_to_a_cost_that_bounds_the_work() {
+        let stored = "$2a$06$.rCVZVOThsIa97pEDOxvGuRRgzG64bvtJ0938xuqzv18d3ZpQhstC";
+        assert!(matches_bcrypt(stored, "abcdefghijklmnopqrstuvwxyz"));
+        assert!(matches_bcrypt(&stored.replace("$2a$", "$2b$"), "abcdefghijklmnopqrstuvwxyz"));
+        assert!(!matches_bcrypt(stored, "abcdefghijklmnopqrstuvwxy"));
+        assert!(!matches_bcrypt(stored, ""));
+        for bad in
+            [stored.replace("$06$", "$15$"), stored.replace("$2a$", "$2x$"), "$2b$".to_owned(), String::new()]
+        {
+            assert!(!matches_bcrypt(&bad, "abcdefghijklmnopqrstuvwxyz"), "{bad}");
+        }
     }
 
     #[test]

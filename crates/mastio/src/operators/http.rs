@@ -8,10 +8,10 @@ use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{get, patch, post};
 use mastio_core::time::UnixTime;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::access::{self, Access};
 use super::{OperatorError, Operators};
@@ -24,7 +24,7 @@ use crate::http::json::Json;
 pub fn routes(operators: Arc<Operators>) -> Router {
     Router::new()
         .route("/v1/admin/operators", get(list_operators).post(add_operator))
-        .route("/v1/admin/operators/{name}", delete(deactivate_operator))
+        .route("/v1/admin/operators/{name}", patch(change_operator).delete(deactivate_operator))
         .route("/v1/admin/operators/{name}/reset-password", post(reset_password))
         .with_state(operators)
 }
@@ -146,6 +146,23 @@ async fn add_operator(
     let role = super::role(body.role.as_deref())?;
     let issued = operators.add(&body.name, role, &admin.actor).await?;
     Ok((StatusCode::CREATED, axum::Json(issued.to_json())))
+}
+
+#[derive(Deserialize)]
+struct ChangeOperator {
+    role: String,
+}
+
+/// `PATCH /v1/admin/operators/{name}`: another role, from the next request on.
+async fn change_operator(
+    admin: AdminCaller,
+    State(operators): State<Arc<Operators>>,
+    Path(name): Path<String>,
+    Json(body): Json<ChangeOperator>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let role = super::role(Some(&body.role))?;
+    operators.set_role(&name, role, &admin.actor).await?;
+    Ok(axum::Json(json!({ "name": name, "role": role.as_str() })))
 }
 
 async fn deactivate_operator(

@@ -1,6 +1,7 @@
 //! Operators: who may act on this deploy, how they prove it, and what their role lets them do.
 //!
-//! The shared secret (`MCP_PROXY_ADMIN_SECRET`) is the first operator: `admin`, always there, never locked out. The
+//! The shared secret (`MCP_PROXY_ADMIN_SECRET`) is the first operator: `admin`, always there, never locked out; on an
+//! adopted deploy the password of the predecessor's dashboard signs in as `admin` too ([`password`]). The
 //! others have a name, a [`Role`] and a secret of their own, which we make, show once, and keep only as its argon2id
 //! hash ([`credential`]). They present it as `X-Admin-Secret: NAME:SECRET`, or at the dashboard's sign-in. [`access`] is
 //! the one table of which role each route asks for, and [`http::guard`] holds every request to it.
@@ -15,7 +16,9 @@ mod backoff;
 mod credential;
 pub mod error;
 pub mod http;
+mod password;
 mod setup;
+pub mod sso;
 mod store;
 
 use std::net::IpAddr;
@@ -169,7 +172,7 @@ impl Operators {
         self.judge(operator, name, secret, address, now).await
     }
 
-    /// Who signs in with `name` (empty: the shared secret's) and `secret`. Errors: as [`Self::authenticate`].
+    /// Who signs in with `name` (empty: the shared secret's, or the predecessor's password) and `secret`. Errors: as [`Self::authenticate`].
     ///
     /// Here the shared secret waits too after wrong tries; in the header it goes on working.
     pub async fn sign_in(
@@ -183,7 +186,7 @@ impl Operators {
             return self.judge(self.active(name).await?, name, secret, address, now).await;
         }
         let failures = self.attempt(address, now)?;
-        if !self.shared.matches(secret.as_bytes()) {
+        if !self.shared.matches(secret.as_bytes()) && !self.password_matches(secret).await? {
             return Err(OperatorError::Wrong { failures });
         }
         self.backoff.succeeded(address);
@@ -246,6 +249,19 @@ impl Operators {
         Ok(())
     }
 
+    /// Gives an operator another role, from their next request on. Errors: as [`Self::deactivate`].
+    pub async fn set_role(&self, name: &str, role: Role, actor: &str) -> Result<(), OperatorError> {
+        let mut tx = self.store.write().await?;
+        let former = present(store::operator(&mut tx, name).await?, name)?.role;
+        if former == role {
+            return Ok(());
+        }
+        store::set_role(&mut tx, name, role).await?;
+        let details = json!({ "name": name, "role": role.as_str(), "former_role": former.as_str() });
+        tx.commit(&[event(EventType::OperatorRoleChanged, actor, details)]).await?;
+        Ok(())
+    }
+
     /// Gives an operator another secret; the former one, and their sessions, end at once. Errors: as
     /// [`Self::deactivate`].
     pub async fn reset_secret(&self, name: &str, actor: &str) -> Result<Issued, OperatorError> {
@@ -258,12 +274,18 @@ impl Operators {
         Ok(Issued { name: name.to_owned(), role: operator.role, secret })
     }
 
+    /// Forgets the wrong tries of an address from which somebody has signed in.
+    pub fn succeeded(&self, address: IpAddr) {
+        self.backoff.succeeded(address);
+    }
+
     async fn active(&self, name: &str) -> Result<Option<Operator>, StoreError> {
         let operator = store::operator(&mut self.store.read().await?, name).await?;
         Ok(operator.filter(|operator| operator.deactivated_at.is_none()))
     }
 
-    fn attempt(&self, address: IpAddr, now: UnixTime) -> Result<u32, OperatorError> {
+    /// Counts a sign-in of `address` as wrong before it is judged. Errors: [`OperatorError::TooManyTries`].
+    pub fn attempt(&self, address: IpAddr, now: UnixTime) -> Result<u32, OperatorError> {
         self.backoff.attempt(address, now).map_err(|seconds| OperatorError::TooManyTries { seconds })
     }
 

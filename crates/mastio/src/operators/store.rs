@@ -70,6 +70,11 @@ pub(super) async fn deactivate(tx: &mut WriteTx, name: &str, now: &str) -> Resul
     tx.execute("UPDATE operators SET deactivated_at = $2 WHERE name = $1", values![name, now]).await.map(drop)
 }
 
+/// Writes another role.
+pub(super) async fn set_role(tx: &mut WriteTx, name: &str, role: Role) -> Result<(), StoreError> {
+    tx.execute("UPDATE operators SET role = $2 WHERE name = $1", values![name, role.as_str()]).await.map(drop)
+}
+
 /// Writes the hash of another secret.
 pub(super) async fn set_credential(tx: &mut WriteTx, name: &str, credential: &str) -> Result<(), StoreError> {
     tx.execute("UPDATE operators SET credential = $2 WHERE name = $1", values![name, credential])
@@ -116,4 +121,27 @@ pub(super) async fn end_setup(tx: &mut WriteTx, organisation: &str) -> Result<()
     )
     .await
     .map(drop)
+}
+
+/// The hash of the predecessor's dashboard password; nothing where there is none or it was switched off there.
+pub(super) async fn password(tx: &mut impl Query) -> Result<Option<String>, StoreError> {
+    let row = tx.row("SELECT value FROM proxy_config WHERE key = 'admin_password_hash'", &[]).await?;
+    let switch = tx.row("SELECT value FROM proxy_config WHERE key = 'local_password_enabled'", &[]).await?;
+    if let Some(switch) = switch
+        && ["0", "false", "no", "off"].contains(&switch.text(0)?.trim().to_ascii_lowercase().as_str())
+    {
+        return Ok(None);
+    }
+    row.map(|row| row.text(0)).transpose()
+}
+
+/// Writes another hash of the same password. False: the hash was not `former` any more.
+pub(super) async fn replace_password(tx: &mut WriteTx, former: &str, hash: &str) -> Result<bool, StoreError> {
+    let replaced = tx
+        .execute(
+            "UPDATE proxy_config SET value = $2 WHERE key = 'admin_password_hash' AND value = $1",
+            values![former, hash],
+        )
+        .await?;
+    Ok(replaced > 0)
 }

@@ -510,15 +510,16 @@ impl Updates {
 
     /// Admits a run and lets it go on by itself, for a caller who comes back to look.
     ///
-    /// Errors: why it was not admitted. How the run ends is in its row and in the log.
+    /// `plan_digest`: as for [`Self::change`]. Errors: why it was not admitted. How the run ends is in its row and in the log.
     pub async fn begin(
         self: &Arc<Self>,
         migration_id: &str,
         direction: Direction,
         actor: &str,
+        plan_digest: Option<&str>,
     ) -> Result<(), UpdateError> {
         let migration = self.known(migration_id).await?;
-        let held_to = self.held_to(migration, direction, None).await?;
+        let held_to = self.held_to(migration, direction, plan_digest).await?;
         let (updates, actor) = (Arc::clone(self), actor.to_owned());
         // A task of its own here too.
         let admission = tokio::spawn(async move {

@@ -33,7 +33,7 @@ impl Python {
     }
 }
 
-/// A Python program that we speak to by lines. Its input stays open as long as this lives, and ends it.
+/// A program of the judges' that we speak to by lines. Its input stays open as long as this lives, and ends it.
 struct Program {
     child: Child,
     input: Option<ChildStdin>,
@@ -41,9 +41,9 @@ struct Program {
 }
 
 impl Program {
-    fn start(python: Python, script: &str, arguments: &[&str]) -> Self {
+    fn start(interpreter: &str, script: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).arg(python.interpreter()).arg(judges().join(script));
+        command.args(["--pdeathsig", "KILL"]).arg(interpreter).arg(judges().join(script));
         // Nothing of the machine's may lead the SDK elsewhere.
         for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "SSL_CERT_FILE", "CULLIS_ENV"] {
             command.env_remove(name);
@@ -83,7 +83,16 @@ pub struct Upstream {
 impl Upstream {
     /// Starts one.
     pub fn start() -> Self {
-        let mut program = Program::start(Python::Plain, "sdk/mcp_upstream.py", &[TOOL]);
+        let mut program = Program::start(&Python::Plain.interpreter(), "sdk/mcp_upstream.py", &[TOOL]);
+        let url = program.read()["url"].as_str().unwrap().to_owned();
+        Self { _program: program, url }
+    }
+
+    /// Starts one whose tool describes itself by what stands in `file`, which may change.
+    pub fn described_by(file: &Path) -> Self {
+        let arguments = [TOOL, file.to_str().unwrap()];
+        let interpreter = Python::Plain.interpreter();
+        let mut program = Program::start(&interpreter, "sdk/mcp_upstream.py", &arguments);
         let url = program.read()["url"].as_str().unwrap().to_owned();
         Self { _program: program, url }
     }
@@ -91,6 +100,31 @@ impl Upstream {
     /// Where it is.
     pub fn url(&self) -> &str {
         &self.url
+    }
+}
+
+/// A small OpenID Connect provider.
+pub struct Provider {
+    _program: Program,
+    issuer: String,
+}
+
+impl Provider {
+    /// Starts one that knows `accounts` (each with its groups) and one client.
+    pub fn start(redirect_uri: &str, client_id: &str, client_secret: &str, accounts: &Value) -> Self {
+        required_environment("MASTIO_TEST_OAUTH");
+        let settings = json!({
+            "redirect_uri": redirect_uri, "client_id": client_id, "client_secret": client_secret,
+            "accounts": accounts,
+        });
+        let mut program = Program::start("node", "oauth/provider.mjs", &[&settings.to_string()]);
+        let issuer = program.read()["issuer"].as_str().unwrap().to_owned();
+        Self { _program: program, issuer }
+    }
+
+    /// What it calls itself.
+    pub fn issuer(&self) -> &str {
+        &self.issuer
     }
 }
 
@@ -112,7 +146,8 @@ pub struct Raised {
 impl Agent {
     /// Builds a client once from files: the certificate and key in `identity`, the CA pinned, TLS verified.
     pub fn open(python: Python, mastio_url: &str, agent_id: &str, identity: &Path, ca: &Path) -> Self {
-        let mut agent = Self { program: Program::start(python, "sdk/agent_story.py", &[]), calls: 0 };
+        let mut agent =
+            Self { program: Program::start(&python.interpreter(), "sdk/agent_story.py", &[]), calls: 0 };
         let opened = agent.ask(&json!({
             "cmd": "open", "identity_dir": identity, "ca": ca, "mastio_url": mastio_url, "agent_id": agent_id,
         }));
@@ -122,7 +157,7 @@ impl Agent {
 
     /// A process without a client yet.
     pub fn bare(python: Python) -> Self {
-        Self { program: Program::start(python, "sdk/agent_story.py", &[]), calls: 0 }
+        Self { program: Program::start(&python.interpreter(), "sdk/agent_story.py", &[]), calls: 0 }
     }
 
     /// Asks the process. No warning may come with the answer: the SDK goes on without a certificate after only one.

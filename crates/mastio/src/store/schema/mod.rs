@@ -20,6 +20,7 @@ mod s0013_overlap;
 mod s0014_leaves_without_facts;
 mod s0015_run_proof;
 mod s0016_snapshot_digest;
+mod s0017_dashboard_lists;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ pub const STEPS: &[Step] = &[
     s0014_leaves_without_facts::STEP,
     s0015_run_proof::STEP,
     s0016_snapshot_digest::STEP,
+    s0017_dashboard_lists::STEP,
     // The next step goes here.
 ];
 

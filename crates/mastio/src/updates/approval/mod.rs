@@ -59,7 +59,15 @@ impl Proposal {
         self.run_id.is_none() && self.void.is_none() && now.0 < self.expires_at
     }
 
-    fn status(&self, now: UnixTime) -> &str {
+    /// Whether `actor` is the person who has proposed it, as far as names tell.
+    #[must_use]
+    pub fn is_by(&self, actor: &str) -> bool {
+        person(&self.proposed_by) == person(actor)
+    }
+
+    /// `proposed`, `approved`, `used`, `expired`, or why it is void.
+    #[must_use]
+    pub fn status(&self, now: UnixTime) -> &str {
         match (&self.run_id, &self.void, &self.approved_by) {
             (Some(_), _, _) => "used",
             (None, Some(void), _) => void,
@@ -166,7 +174,7 @@ impl Updates {
         let open = rows::newest(&mut tx, migration_id, direction.as_str()).await?;
         if let Some(open) = open.filter(|open| open.is_open(now.seconds()) && open.plan_digest == plan_digest)
         {
-            if person(&open.proposed_by) == person(actor) {
+            if open.is_by(actor) {
                 return Ok(open);
             }
             return Err(UpdateError::AlreadyProposed {
@@ -235,10 +243,28 @@ impl Updates {
         if !proposal.is_open(now) || proposal.approved_by.is_some() {
             return Err(UpdateError::ProposalClosed { status: proposal.status(now).to_owned() });
         }
-        if person(&proposal.proposed_by) == person(actor) {
+        if proposal.is_by(actor) {
             return Err(UpdateError::SamePerson { by: proposal.proposed_by.clone() });
         }
         Ok(())
+    }
+
+    /// Whether two operators have to stand behind a run.
+    #[must_use]
+    pub fn needs_two_operators(&self) -> bool {
+        self.two_person
+    }
+
+    /// The proposal that may still be approved or used, if there is one.
+    pub async fn open_proposal(
+        &self,
+        migration_id: &str,
+        direction: Direction,
+    ) -> Result<Option<Proposal>, UpdateError> {
+        let now = self.pki.clock.now().seconds();
+        let mut tx = self.pki.store.read().await?;
+        let newest = rows::newest(&mut tx, migration_id, direction.as_str()).await?;
+        Ok(newest.filter(|proposal| proposal.is_open(now)))
     }
 
     /// The proposals of an update, newest first.
