@@ -14,15 +14,17 @@ use mastio_core::token::assertion::UnverifiedAssertion;
 use mastio_core::token::claims::UnverifiedAccessToken;
 use mastio_core::token::jwk::PublicJwk;
 use mastio_core::token::jws::UnverifiedJws;
+use mastio_core::token::enrollment::{verify_enrollment_pop, verify_status_proof};
 use mastio_core::x509::csr::CertificateRequest;
-use mastio_core::x509::{Certificate, identity, spki_der_from_pem};
+use mastio_core::x509::path::{self, Anchor};
+use mastio_core::x509::{Certificate, identity, lints, spki_der_from_pem};
 use serde_json::{Value, json};
 
 /// What is done with arbitrary bytes. It may refuse them in any way but by a panic.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus too.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("json", json_text),
     ("jws", jws),
     ("jwk", jwk),
@@ -34,6 +36,8 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("access_token_claims", access_token_claims),
     ("certificate", certificate),
     ("certificate_request", certificate_request),
+    ("chain", chain),
+    ("possession", possession),
 ];
 
 const NOW: UnixTime = UnixTime(1_776_971_061);
@@ -168,6 +172,39 @@ fn certificate_request(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
         let _pem = CertificateRequest::from_pem(text);
     }
+}
+
+/// Certificates as a client shows them, first the leaf, against the last of them as what is trusted.
+fn chain(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(certificates) = Certificate::chain_from_pem(text) else { return };
+    let [leaf, others @ ..] = &certificates[..] else { return };
+    let root = others.last().unwrap_or(leaf);
+    let now = leaf.not_before().plus(1);
+    for role in [lints::Role::CertificateAuthority, lints::Role::Agent, lints::Role::Server] {
+        let _findings = lints::full_findings(leaf, root, role);
+    }
+    let _findings = (lints::resign_findings(leaf, root), lints::complete_findings(leaf, root));
+    let _verdict = path::verify_ca_chain(leaf, root, now);
+    let anchors: Vec<Anchor> = Anchor::from_certificate(root).into_iter().collect();
+    let lenient = path::validate(leaf, others, &[], &anchors, now);
+    if let Ok(valid) = &lenient {
+        assert_eq!(valid.leaf(), leaf);
+        assert!(anchors.iter().any(|anchor| anchor.certificate() == valid.anchor()));
+    }
+    let strict = path::validate_strict(leaf, others, root, now);
+    // More than a caller may show is refused for that alone.
+    assert!(strict.is_err() || lenient.is_ok() || others.len() > path::PRESENTED_MAX);
+}
+
+/// A key, a line feed, and what is said to be its signature.
+fn possession(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (key, proof) = text.split_once('\n').unwrap_or(("", text));
+    let key = URL_SAFE_NO_PAD.decode(key).unwrap_or_else(|_| KEY.1.spki_der());
+    let start = verify_enrollment_pop(&key, proof);
+    let status = verify_status_proof(&key, "JKA0oHuQ4RROTAIMabNFJGkxSGY-oFo5", proof);
+    assert!(start.is_err() || status.is_err(), "one proof for two texts");
 }
 
 /// Runs the target of this name.

@@ -561,7 +561,13 @@ impl Surroundings {
     /// An empty environment and a working directory of its own: for what must not touch the operator's deploy.
     #[must_use]
     pub fn alone_in(working_directory: &Path) -> Self {
-        Self { environment: BTreeMap::new(), working_directory: working_directory.to_owned() }
+        Self::with(BTreeMap::new(), working_directory)
+    }
+
+    /// These.
+    #[must_use]
+    pub fn with(environment: BTreeMap<String, OsString>, working_directory: &Path) -> Self {
+        Self { environment, working_directory: working_directory.to_owned() }
     }
 }
 
@@ -693,6 +699,11 @@ fn read_env_file(path: &Path) -> Result<Vec<(String, String)>, ConfigError> {
     let unreadable = |source| ConfigError::EnvFile { path: path.to_owned(), source };
     let file = File::open(path).map_err(unreadable)?;
     let text = std::io::read_to_string(std::io::Read::take(file, ENV_FILE_BYTES_MAX)).map_err(unreadable)?;
+    env_lines(path, &text)
+}
+
+/// The settings in the text of an env file.
+pub(crate) fn env_lines(path: &Path, text: &str) -> Result<Vec<(String, String)>, ConfigError> {
     let mut values = Vec::new();
     for (index, line) in text.lines().enumerate() {
         let line = line.trim();

@@ -11,6 +11,8 @@ pub mod dashboard;
 pub mod demo;
 pub mod enrollment;
 pub mod entropy;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gateway;
 pub mod health;
 pub mod http;

@@ -28,21 +28,21 @@ pub mod credential;
 pub mod definition;
 mod error;
 mod http;
-mod jsonrpc;
-mod peer;
-mod protocol;
+pub(crate) mod jsonrpc;
+pub(crate) mod peer;
+pub(crate) mod protocol;
 mod serve;
 #[cfg(test)]
 mod server_tests;
 pub mod servers;
 mod session;
-mod sse;
+pub(crate) mod sse;
 mod store;
 #[cfg(test)]
 mod tests;
-mod trace;
+pub(crate) mod trace;
 pub mod trial;
-mod upstream;
+pub(crate) mod upstream;
 
 use std::sync::Arc;
 

@@ -773,7 +773,7 @@ fn refused(error: &RawValue) -> UpstreamError {
 }
 
 /// The message under another id.
-fn under_id(data: &[u8], id: &str) -> Option<Box<RawValue>> {
+pub(crate) fn under_id(data: &[u8], id: &str) -> Option<Box<RawValue>> {
     let message: Box<RawValue> = serde_json::from_slice(data).ok()?;
     let id = to_raw_value(id).ok()?;
     jsonrpc::with_member(&message, "id", &id).ok()

@@ -567,7 +567,7 @@ impl Incoming {
 }
 
 /// The answer to the request `id`, where `json` is one. Absent for any other message.
-fn answer_in(json: &[u8], id: &str) -> Option<Result<Box<RawValue>, UpstreamError>> {
+pub(crate) fn answer_in(json: &[u8], id: &str) -> Option<Result<Box<RawValue>, UpstreamError>> {
     #[derive(Deserialize)]
     struct Answer<'a> {
         #[serde(borrow)]

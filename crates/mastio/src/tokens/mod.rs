@@ -15,7 +15,7 @@
 
 pub mod egress;
 pub mod error;
-mod form;
+pub(crate) mod form;
 pub mod grant;
 pub mod http;
 pub mod introspection;
