@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -32,6 +32,7 @@ use crate::http::authn::AdminSecret;
 use crate::http::error::{ApiError, chain, envelope};
 use crate::http::json::BODY_BYTES_MAX;
 use crate::http::limits::{self, RateLimit};
+use crate::http::overload::{self, Overload};
 use crate::http::server::{self, Server};
 use crate::http::urls::ExternalUrls;
 use crate::metrics::{self, Metrics};
@@ -361,6 +362,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
         .layer(middleware::from_fn_with_state(by_address, limits::by_address))
         .layer(middleware::from_fn_with_state(all_together, limits::shed))
+        .layer(middleware::from_fn_with_state(Overload::new(Instant::now()), overload::shed))
         .layer(middleware::from_fn_with_state(limits::room(), limits::bounded))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
         .layer(middleware::from_fn(envelope))
@@ -373,6 +375,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         router,
         clock: Arc::clone(&pki.clock),
         entropy: Arc::clone(&pki.entropy),
+        refusals: refusals.clone(),
     };
     let mut jobs = jobs(&pki, &updates, &tls, &agents);
     jobs.push(summarise(refusals, Arc::clone(&pki)));

@@ -86,8 +86,11 @@ struct World {
 }
 
 impl World {
-    fn new(database: Database) -> Self {
+    fn new(database: Database, settings: &[(&str, &str)]) -> Self {
         let mut deploy = Deploy::empty().on(database);
+        for (name, value) in settings {
+            deploy = deploy.set(name, value);
+        }
         deploy.start();
         let (alice, bob) = (Agent::new(&deploy, "alice"), Agent::new(&deploy, "bob"));
         let ca = deploy.get("/pki/ca.crt").body;
@@ -163,8 +166,13 @@ impl World {
 
     /// Writes a line of the table: refused with this status and this reason, and an event that says so.
     fn refused(&mut self, attack: &str, route: &str, answer: &Response, status: u16, reason: &str) {
-        assert_eq!(answer.status, status, "{attack}: {answer:?}");
         assert!(!answer.body.contains("use_dpop_nonce"), "{attack}");
+        self.refused_or_asked(attack, route, answer, status, reason);
+    }
+
+    /// The same, where what is asked for may be a nonce.
+    fn refused_or_asked(&mut self, attack: &str, route: &str, answer: &Response, status: u16, reason: &str) {
+        assert_eq!(answer.status, status, "{attack}: {answer:?}");
         let told = self.deploy.admin_get("/v1/admin/audit?event_type=auth.refused&limit=1").expect(200);
         let details = &told[0]["details"];
         assert_eq!(
@@ -210,15 +218,20 @@ fn certificate_thumbprint(agent: &Agent) -> String {
     b64u(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &der))
 }
 
-/// The key that signs access tokens, opened as only the holder of the sealing key can.
-fn stolen_key(deploy: &Deploy, database: Database) -> (Key, String) {
-    let sealing = match database {
+/// The sealing key, as whoever has the machine has it.
+fn stolen_seal(deploy: &Deploy, database: Database) -> SealingKey {
+    match database {
         Database::Sqlite => SealingKey::from_file(&deploy.data_dir().join("seal.key")).unwrap(),
         _ => {
             let salt = deploy.sql("SELECT value FROM deploy_state WHERE key = 'sealing_salt'");
             SealingKey::from_passphrase(PASSPHRASE, &STANDARD.decode(salt).unwrap()).unwrap()
         }
-    };
+    }
+}
+
+/// The key that signs access tokens, opened as only the holder of the sealing key can.
+fn stolen_key(deploy: &Deploy, database: Database) -> (Key, String) {
+    let sealing = stolen_seal(deploy, database);
     let active = "activated_at IS NOT NULL AND deprecated_at IS NULL";
     let kid = deploy.sql(&format!("SELECT kid FROM mastio_keys WHERE {active}"));
     let sealed = deploy.sql(&format!("SELECT privkey_pem FROM mastio_keys WHERE {active}"));
@@ -953,8 +966,44 @@ fn given_back(world: &mut World) {
     assert_eq!(ask(world, Some(&credential), &bobs).json(), json!({ "active": false }));
 }
 
+/// Where nonces are required. The attacker knows the secret that they are made with, and so what the server said ten
+/// minutes ago and what it will say in five.
+fn nonces(database: Database) -> Vec<[String; 4]> {
+    let mut world = World::new(database, &[("MCP_PROXY_DPOP_NONCE", "true")]);
+    let sealed = world.deploy.sql("SELECT value FROM deploy_state WHERE key = 'dpop_nonce_key'");
+    let secret = stolen_seal(&world.deploy, database).open("deploy_state/dpop_nonce_key/value", &sealed).unwrap();
+    let secret = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, secret.as_bytes());
+    // In which five minutes the server is may change on the way.
+    let period = now() / 300;
+    let at = |period: i64| {
+        let tag = aws_lc_rs::hmac::sign(&secret, format!("mastio dpop nonce\0{period}").as_bytes());
+        b64u(&tag.as_ref()[..16])
+    };
+    let (url, key) = (world.url(TOKEN), Key::new());
+    let proof = |nonce: &str| {
+        let (header, claims) = key.proof_parts("POST", &url, None);
+        key.sign(&header, &with(&claims, &json!({ "nonce": nonce })))
+    };
+    for (attack, nonce, reason) in [
+        ("nonce: none", "<absent>".to_owned(), "proof_nonce_missing"),
+        ("nonce: made up", b64u([7; 16]), "proof_nonce_mismatch"),
+        ("nonce: stale, of ten minutes ago", at(period - 2), "proof_nonce_mismatch"),
+        ("nonce: of the time to come", at(period + 2), "proof_nonce_mismatch"),
+        ("nonce: cut short", at(period)[..21].to_owned(), "proof_nonce_mismatch"),
+    ] {
+        let answer = world.mint(&world.alice.assertion(), &[&proof(&nonce)]);
+        assert_eq!(answer.json()["detail"], "use_dpop_nonce", "{attack}: {answer:?}");
+        world.refused_or_asked(attack, TOKEN, &answer, 401, reason);
+    }
+    // The forger forges well, and nothing was used up by asking.
+    let given = world.mint(&world.alice.assertion(), &[&proof(&at(now() / 300))]);
+    assert_eq!(given.status, 200, "{given:?}");
+    world.rows
+}
+
 fn attack(database: Database) {
-    let mut world = World::new(database);
+    let mut world = World::new(database, &[]);
+    world.rows = nonces(database);
     proofs(&mut world);
     assertions(&mut world);
     tokens(&mut world);
@@ -1039,12 +1088,21 @@ fn a_request_that_two_servers_would_read_differently_is_refused() {
             ),
         ),
     ];
-    println!("\n| request | status |\n| --- | --- |");
+    println!("\n| request | status, http_malformed in the log |\n| --- | --- |");
+    let cases_made = cases.len();
     for (name, request) in cases {
         let answer = wire.raw(request.as_bytes());
         println!("| {name} | {} |", answer.status);
         assert_eq!(answer.status, 400, "{name}: {answer:?}");
     }
+    // Nobody was asked for anything: that somebody sends such requests is in the log all the same.
+    let malformed = wait_for("an event for each", || {
+        let events = deploy.admin_get("/v1/admin/audit?event_type=auth.refused").expect(200);
+        let events = events.as_array().unwrap().clone();
+        let of_http = events.iter().filter(|event| event["details"]["reason"] == "http_malformed").count();
+        (of_http >= cases_made).then_some(of_http)
+    });
+    println!("{malformed} events");
     // A length and chunks: the chunks count (RFC 9112 §6.3), the connection ends, and nothing is left to be read as a
     // second request.
     let both = format!(

@@ -14,7 +14,7 @@ use serde_json::json;
 
 const JWKS: &str = "/.well-known/jwks-local.json";
 const CHALLENGE: &str = "/v1/auth/login-challenge";
-/// Connections that do nothing. `MASTIO_TEST_IDLE_CONNECTIONS` asks for more, where the machine lets a process have them.
+/// Connections that do nothing; with `MASTIO_TEST_ALL` ten times as many, where the machine lets a process have them.
 const IDLE: usize = 1000;
 
 /// A deploy with an agent; a connection without a certificate and one with the agent's.
@@ -112,6 +112,9 @@ fn who_is_slow_is_cut_and_everybody_else_is_served_meanwhile() {
         }
         let (took, answer) = body.join().unwrap();
         assert_eq!(answer.status, 408, "{answer:?}");
+        let refused = deploy.admin_get("/v1/admin/audit?event_type=auth.refused").expect(200);
+        let mut refused = refused.as_array().unwrap().iter().map(|event| &event["details"]["reason"]);
+        assert!(refused.any(|reason| reason == "body_too_slow"), "the log says so");
         assert!((Duration::from_secs(19)..Duration::from_secs(40)).contains(&took), "{took:?}");
         // Who has no token is refused before a byte of the body is waited for.
         let (_, answer) = refused_first.join().unwrap();
@@ -127,7 +130,7 @@ fn who_is_slow_is_cut_and_everybody_else_is_served_meanwhile() {
 
 #[test]
 fn connections_that_do_nothing_keep_nobody_from_being_served() {
-    let wanted = std::env::var("MASTIO_TEST_IDLE_CONNECTIONS").map_or(IDLE, |text| text.parse().unwrap());
+    let wanted = if std::env::var_os("MASTIO_TEST_ALL").is_some() { 10 * IDLE } else { IDLE };
     let (deploy, plain, agent) = deploy(&[]);
     let began = Instant::now();
     let idle: Vec<_> = (0..wanted)

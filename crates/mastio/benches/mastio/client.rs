@@ -103,6 +103,15 @@ impl Connection {
         Ok((status, &self.buffer[head..head + length]))
     }
 
+    /// Whether the last answer had a header of this name.
+    pub fn has_header(&self, name: &str) -> bool {
+        let end = self.buffer.windows(4).position(|window| window == b"\r\n\r\n").unwrap_or(0);
+        let head = String::from_utf8_lossy(&self.buffer[..end]);
+        head.lines()
+            .filter_map(|line| line.split_once(':'))
+            .any(|(found, _)| found.eq_ignore_ascii_case(name))
+    }
+
     /// [`Self::exchange`], where any status but `expected` ends the measurement.
     pub async fn expect(&mut self, request: &[u8], expected: u16) -> Result<&[u8], Failure> {
         let (status, body) = self.exchange(request).await?;

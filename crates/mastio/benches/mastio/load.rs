@@ -31,10 +31,7 @@ pub struct Load {
 impl Load {
     fn of(connections: usize, mut times: Vec<Duration>, took: Duration, cpu_s: f64) -> Self {
         times.sort_unstable();
-        let ms = |part: f64| {
-            let index = ((times.len() as f64 * part).ceil() as usize).saturating_sub(1);
-            times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e3)
-        };
+        let ms = |part: f64| percentile_ms(&times, part);
         let done = times.len() as f64;
         Self {
             connections,
@@ -48,13 +45,20 @@ impl Load {
     }
 }
 
+/// The time that so large a part of them does not exceed, in milliseconds. `times` are sorted.
+pub fn percentile_ms(times: &[Duration], part: f64) -> f64 {
+    let index = ((times.len() as f64 * part).ceil() as usize).saturating_sub(1);
+    times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+}
+
 /// An agent of a deploy, as the raw client.
 pub fn target(deploy: &Deploy, server: &Server, index: usize) -> Result<Target, Failure> {
     let files = &deploy.files[index % deploy.files.len()];
     Target::new(server.port, &deploy.ca_pem, &files.certificate, &files.private_key)
 }
 
-fn agent(deploy: &Deploy, server: &Server, files: &AgentFiles) -> Result<AgentClient, Failure> {
+/// An agent of a deploy with its files.
+pub fn agent(deploy: &Deploy, server: &Server, files: &AgentFiles) -> Result<AgentClient, Failure> {
     Ok(AgentClient::new(
         &server.url,
         &deploy.ca_pem,

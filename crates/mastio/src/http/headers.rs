@@ -83,3 +83,50 @@ fn take_forwarded(front: &Front, request: &mut Request) -> Result<(), ApiError> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use axum::Router;
+    use axum::body::Body;
+    use axum::http::HeaderMap;
+    use axum::middleware::from_fn_with_state;
+    use axum::routing::get;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_only_a_front_or_the_server_may_say_reaches_no_handler() {
+        let names = |headers: HeaderMap| async move {
+            headers.keys().map(|name| name.as_str().to_owned()).collect::<Vec<_>>().join(" ")
+        };
+        let router =
+            Router::new().route("/", get(names)).layer(from_fn_with_state(Front::default(), guard));
+        let request = Request::get("/")
+            .header("X-SSL-Client-Cert", "x")
+            .header("X-SSL-Client-Verify", "SUCCESS")
+            .header("X-SSL-Client-Anything", "x")
+            .header("X-Cullis-Role", "broker")
+            .header("X-Cullis-Mastio-Signature", "x")
+            .header("X-Cullis-Session-Token", "x")
+            .header("X-Cullis-On-Behalf-Of-User", "x")
+            .header("X-Cullis-Device-Attestation", "x")
+            .header("X-Other", "x");
+        let response = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+        assert_eq!(response.headers()[header::X_FRAME_OPTIONS], "DENY");
+        assert_eq!(response.headers()[header::CACHE_CONTROL], "no-store");
+        let body = axum::body::to_bytes(response.into_body(), 1000).await.unwrap();
+        let mut seen: Vec<&str> = std::str::from_utf8(&body).unwrap().split(' ').collect();
+        seen.sort_unstable();
+        assert_eq!(
+            seen,
+            [
+                "x-cullis-device-attestation",
+                "x-cullis-on-behalf-of-user",
+                "x-cullis-session-token",
+                "x-other",
+            ]
+        );
+    }
+}

@@ -12,5 +12,6 @@ pub mod front;
 pub mod headers;
 pub mod json;
 pub mod limits;
+pub mod overload;
 pub mod server;
 pub mod urls;

@@ -30,6 +30,7 @@ use super::context::Context;
 use super::limits::Quotas;
 use crate::clock::Clock;
 use crate::entropy::Entropy;
+use crate::store::refusals::{Refusal, Refusals};
 
 /// Connections that may be open at once.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -54,7 +55,12 @@ pub struct Server {
     pub clock: Arc<dyn Clock>,
     /// Names requests.
     pub entropy: Arc<Entropy>,
+    /// Where it is written that somebody sends what is no HTTP request.
+    pub refusals: Refusals,
 }
+
+/// Where a request that cannot be read would have gone.
+const NO_ROUTE: &str = "-";
 
 impl Server {
     /// Serves until `stop` turns true, then lets accepted requests finish.
@@ -79,11 +85,24 @@ impl Server {
             let acceptor = TlsAcceptor::from(self.tls.load_full());
             let (router, clock, entropy) =
                 (self.router.clone(), Arc::clone(&self.clock), Arc::clone(&self.entropy));
-            let watcher = graceful.watcher();
+            let (watcher, refusals) = (graceful.watcher(), self.refusals.clone());
             tokio::spawn(async move {
+                let (now, naming) = (Arc::clone(&clock), Arc::clone(&entropy));
                 let served = serve(stream, peer, acceptor, router, clock, entropy, watcher).await;
                 if let Err(error) = served {
                     tracing::debug!(peer = %peer, error = %error, "connection_ended");
+                    // Two lengths, a folded header: it has been answered by 400, before there was a request.
+                    if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+                        let now = now.now();
+                        let refusal = Refusal {
+                            route: NO_ROUTE,
+                            reason: "http_malformed",
+                            request_id: &naming.ulid(now),
+                            address: peer.ip(),
+                            now: now.seconds(),
+                        };
+                        refusals.record(refusal).await;
+                    }
                 }
                 drop(permit);
             });
