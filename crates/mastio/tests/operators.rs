@@ -462,6 +462,47 @@ fn a_proposal_is_void_when_the_state_has_moved_or_its_time_is_over() {
     post(&deploy, &path("apply"), &bob, &json!({ "confirm": true })).expect(200);
 }
 
+#[test]
+fn a_proposal_ends_with_the_operator_who_made_or_approved_it() {
+    let Some((deploy, [bob, alice, _])) = guarded(Database::Sqlite) else { return };
+    let path = |action: &str| format!("/proxy/updates/{MIGRATION}/{action}");
+    let yes = json!({ "confirm": true });
+    let propose = |by: &str| {
+        let body = json!({ "plan_digest": digest(&deploy, "plan") });
+        let proposal = post(&deploy, &path("proposals"), by, &body).expect(201);
+        path(&format!("proposals/{}/approve", proposal["proposal_id"].as_str().unwrap()))
+    };
+    let leave = |name: &str| {
+        let path = format!("/v1/admin/operators/{name}");
+        let answer = deploy.curl(&path, &["-X", "DELETE", "-H", &format!("X-Admin-Secret: {ADMIN_SECRET}")]);
+        assert_eq!(answer.status, 204, "{answer:?}");
+    };
+    let states = || -> Vec<String> {
+        let listed = deploy.admin_get(&path("proposals")).expect(200);
+        listed.as_array().unwrap().iter().map(|one| one["status"].as_str().unwrap().to_owned()).collect()
+    };
+    // Approved by Bob, who leaves before it is run.
+    let approve = propose(&alice);
+    post(&deploy, &approve, &bob, &json!({})).expect(200);
+    leave("bob");
+    assert_eq!(states(), ["operator_gone"]);
+    assert_eq!(reason(&post(&deploy, &path("apply"), &alice, &yes)), "approval_required");
+    // Proposed by Alice, who leaves before it is approved.
+    let approve = propose(&alice);
+    leave("alice");
+    assert_eq!(states(), ["operator_gone", "operator_gone"]);
+    assert_eq!(reason(&deploy.admin_post(&approve, &json!({}))), "proposal_closed");
+    let void = deploy.admin_get("/v1/admin/audit?event_type=admin.update_proposal_void").expect(200);
+    let gone: Vec<_> =
+        void.as_array().unwrap().iter().map(|event| event["details"]["operator_gone"].clone()).collect();
+    assert_eq!(gone, ["alice", "bob"]);
+    // The others go on: what is proposed anew is approved and run.
+    let carol = add(&deploy, "carol", "admin");
+    let approve = propose(&carol);
+    deploy.admin_post(&approve, &json!({})).expect(200);
+    post(&deploy, &path("apply"), &carol, &yes).expect(200);
+}
+
 // ---------------------------------------------------------------- the set-up of a new organisation
 
 /// The token that the newest start has printed.

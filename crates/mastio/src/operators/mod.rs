@@ -236,7 +236,8 @@ impl Operators {
         Ok(Issued { name: name.to_owned(), role, secret })
     }
 
-    /// Deactivates an operator for good: their next request is refused, and their sessions end.
+    /// Deactivates an operator for good: their next request is refused, their sessions end, and what they have proposed
+    /// or approved and nobody has run yet is void.
     ///
     /// Errors: [`OperatorError::Shared`]; [`OperatorError::Unknown`]; [`OperatorError::Deactivated`].
     pub async fn deactivate(&self, name: &str, actor: &str) -> Result<(), OperatorError> {
@@ -245,7 +246,16 @@ impl Operators {
         present(store::operator(&mut tx, name).await?, name)?;
         store::deactivate(&mut tx, name, &now.to_rfc3339()).await?;
         store::end_sessions(&mut tx, name).await?;
-        tx.commit(&[event(EventType::OperatorDeactivated, actor, json!({ "name": name }))]).await?;
+        let mut events = vec![event(EventType::OperatorDeactivated, actor, json!({ "name": name }))];
+        for (proposal_id, migration_id) in store::void_proposals(&mut tx, name).await? {
+            let details = json!({
+                "proposal_id": proposal_id,
+                "migration_id": migration_id,
+                "operator_gone": name,
+            });
+            events.push(event(EventType::UpdateProposalVoid, actor, details));
+        }
+        tx.commit(&events).await?;
         Ok(())
     }
 

@@ -92,6 +92,19 @@ pub(super) async fn end_sessions(tx: &mut WriteTx, name: &str) -> Result<(), Sto
     tx.execute("DELETE FROM dashboard_sessions WHERE actor = $1", values![name]).await.map(drop)
 }
 
+/// Makes void whatever an operator stands behind and no run has used: proposals of theirs, and those that they have
+/// approved. Gives each with its update.
+pub(super) async fn void_proposals(tx: &mut WriteTx, name: &str) -> Result<Vec<(String, String)>, StoreError> {
+    let rows = tx
+        .rows(
+            "UPDATE update_proposals SET void = 'operator_gone' WHERE (proposed_by = $1 OR approved_by = $1) \
+             AND run_id IS NULL AND void IS NULL RETURNING proposal_id, migration_id",
+            values![name],
+        )
+        .await?;
+    rows.iter().map(|row| Ok((row.text(0)?, row.text(1)?))).collect()
+}
+
 /// The digest of the token that a set-up asks for. `None`: there is nothing to set up.
 pub(super) async fn setup(tx: &mut impl Query) -> Result<Option<String>, StoreError> {
     state(tx, "setup").await

@@ -3,7 +3,7 @@
 //!
 //! A proposal names an update, a direction and a plan digest, so what is approved is exactly what both have seen: when
 //! the state moves, the digest is another one and the proposal is void. It is used up by one run, under the lock that
-//! admits the run, and it expires. Nobody approves what they have proposed. The shared secret and a command typed
+//! admits the run, it expires, and it ends with the operators who stand behind it. Nobody approves what they have proposed. The shared secret and a command typed
 //! without a credential name no person, so they count as one.
 
 pub(super) mod store;
@@ -49,7 +49,7 @@ pub struct Proposal {
     pub approved_at: Option<String>,
     /// The run that has used it.
     pub run_id: Option<String>,
-    /// Why it is void, where it is: `superseded` or `state_moved`.
+    /// Why it is void, where it is: `superseded`, `state_moved` or `operator_gone`.
     pub void: Option<String>,
 }
 
