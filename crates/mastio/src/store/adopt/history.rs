@@ -25,18 +25,26 @@ fn verdict(mut details: Map<String, Value>, fault: Option<String>) -> History {
     History { details: Value::Object(details), fault }
 }
 
+/// A row that is in no chain, and that the predecessor would not have written.
+fn misplaced(table: &str, row: Option<(i64, String)>) -> Option<String> {
+    row.map(|(id, found)| {
+        format!("{table} row id {id} breaks the chain: its chain_seq is {found} and not a number")
+    })
+}
+
 /// Verifies `audit_log`.
 pub(super) async fn audit_log(tx: &mut impl Query) -> Result<History, StoreError> {
     let mut verifier = AuditLogVerifier::new();
     let mut after = (i64::MIN, i64::MIN);
-    let mut fault = None;
+    // The gap that such a row leaves is found as well, and says less.
+    let mut fault = misplaced("audit_log", store::audit_log_misplaced(tx).await?);
     'pages: loop {
         let page = store::audit_log_page(tx, after).await?;
         let Some(last) = page.last() else { break };
         after = (last.chain_seq.unwrap_or(i64::MAX), last.id);
         for row in &page {
             if let Err(broken) = verifier.push(row) {
-                fault = Some(broken.to_string());
+                fault.get_or_insert(broken.to_string());
                 break 'pages;
             }
         }
@@ -55,7 +63,7 @@ pub(super) async fn audit_log(tx: &mut impl Query) -> Result<History, StoreError
 /// Verifies `local_audit`, one chain for each org.
 pub(super) async fn local_audit(tx: &mut impl Query) -> Result<History, StoreError> {
     let mut verifier = LocalAuditVerifier::new();
-    let mut fault = None;
+    let mut fault = misplaced("local_audit", store::local_audit_misplaced(tx).await?);
     let mut chains = Vec::new();
     for org_id in store::local_audit_orgs(tx).await? {
         let mut after = (i64::MIN, i64::MIN);

@@ -308,7 +308,7 @@ pub(super) async fn audit_log_page(
     tx.rows(
         "SELECT id, timestamp, agent_id, action, tool_name, status, detail, request_id, chain_seq, prev_hash, row_hash, \
          dpop_jkt, on_behalf_of_user_id, hash_format FROM audit_log \
-         WHERE chain_seq >= $1 AND (chain_seq > $1 OR id > $2) ORDER BY chain_seq, id LIMIT $3",
+         WHERE typeof(chain_seq) = 'integer' AND chain_seq >= $1 AND (chain_seq > $1 OR id > $2) ORDER BY chain_seq, id LIMIT $3",
         values![after.0, after.1, PAGE_ROWS],
     )
     .await?
@@ -343,7 +343,8 @@ pub(super) async fn local_audit_page(
     tx.rows(
         "SELECT id, timestamp, agent_id, event_type, details, previous_hash, entry_hash, session_id, org_id, result, \
          chain_seq, peer_org_id, hash_format FROM local_audit \
-         WHERE org_id IS $1 AND chain_seq >= $2 AND (chain_seq > $2 OR id > $3) ORDER BY chain_seq, id LIMIT $4",
+         WHERE org_id IS $1 AND typeof(chain_seq) = 'integer' AND chain_seq >= $2 AND (chain_seq > $2 OR id > $3) \
+         ORDER BY chain_seq, id LIMIT $4",
         values![org_id, after.0, after.1, PAGE_ROWS],
     )
     .await?
@@ -366,6 +367,31 @@ pub(super) async fn local_audit_page(
         })
     })
     .collect()
+}
+
+/// The first row of `audit_log` whose place in the chain is no number, with what stands there instead. SQLite keeps any
+/// text in a column of numbers.
+pub(super) async fn audit_log_misplaced(tx: &mut impl Query) -> Result<Option<(i64, String)>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT id, substr(quote(chain_seq), 1, 64) FROM audit_log \
+             WHERE typeof(chain_seq) NOT IN ('integer', 'null') ORDER BY id LIMIT 1",
+            &[],
+        )
+        .await?;
+    row.as_ref().map(last).transpose()
+}
+
+/// As [`audit_log_misplaced`].
+pub(super) async fn local_audit_misplaced(tx: &mut impl Query) -> Result<Option<(i64, String)>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT id, substr(quote(chain_seq), 1, 64) FROM local_audit \
+             WHERE typeof(chain_seq) NOT IN ('integer', 'null') ORDER BY id LIMIT 1",
+            &[],
+        )
+        .await?;
+    row.as_ref().map(last).transpose()
 }
 
 /// The orgs that have a chain in `local_audit`.
@@ -397,7 +423,8 @@ pub(super) async fn local_audit_size(tx: &mut impl Query) -> Result<(i64, i64), 
 pub(super) async fn audit_log_last(tx: &mut impl Query) -> Result<Option<(i64, String)>, StoreError> {
     let row = tx
         .row(
-            "SELECT chain_seq, row_hash FROM audit_log WHERE chain_seq IS NOT NULL ORDER BY chain_seq DESC, id DESC LIMIT 1",
+            "SELECT chain_seq, row_hash FROM audit_log WHERE typeof(chain_seq) = 'integer' \
+             ORDER BY chain_seq DESC, id DESC LIMIT 1",
             &[],
         )
         .await?;
@@ -411,7 +438,7 @@ pub(super) async fn local_audit_last(
 ) -> Result<Option<(i64, String)>, StoreError> {
     let row = tx
         .row(
-            "SELECT chain_seq, entry_hash FROM local_audit WHERE org_id IS $1 AND chain_seq IS NOT NULL \
+            "SELECT chain_seq, entry_hash FROM local_audit WHERE org_id IS $1 AND typeof(chain_seq) = 'integer' \
              ORDER BY chain_seq DESC, id DESC LIMIT 1",
             values![org_id],
         )

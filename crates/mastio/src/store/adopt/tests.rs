@@ -466,6 +466,27 @@ async fn a_broken_audit_chain_is_adopted_and_its_break_recorded() {
 }
 
 #[tokio::test]
+async fn a_row_of_history_whose_place_is_no_number_is_adopted_and_recorded_as_a_break() {
+    let bench = Bench::of("v01_root5");
+    bench.sql(
+        "DROP TRIGGER audit_log_no_update; UPDATE audit_log SET chain_seq = 'third' WHERE chain_seq = 3; \
+         CREATE TRIGGER audit_log_no_update BEFORE UPDATE ON audit_log BEGIN SELECT RAISE(ABORT, 'no'); END; \
+         INSERT INTO local_audit (timestamp, event_type, org_id, chain_seq) VALUES ('now', 'x', 'acme', X'00ff')",
+    );
+    let adopted = bench.adopt(None).await.unwrap().unwrap();
+    let said = adopted.audit_break.unwrap();
+    assert!(said.starts_with("audit_log row id 3 breaks the chain: its chain_seq is 'third'"), "{said}");
+    let store = bench.open().await;
+    let details: serde_json::Value =
+        serde_json::from_str(&text(&store, "SELECT details FROM audit_events WHERE seq = 1").await).unwrap();
+    assert!(said.contains(details["audit_log"]["break"].as_str().unwrap()), "{details}");
+    assert_eq!((&details["audit_log"]["rows"], &details["audit_log"]["last_seq"]), (&5.into(), &5.into()));
+    assert!(details["local_audit"]["break"].as_str().unwrap().contains("X'00FF'"), "{details}");
+    // What was found is kept as it was found.
+    assert_eq!(number(&store, "SELECT COUNT(*) FROM audit_log WHERE typeof(chain_seq) = 'text'").await, 1);
+}
+
+#[tokio::test]
 async fn an_applied_update_of_the_predecessor_can_be_rolled_back_and_its_agents_go_on() {
     // The predecessor re-signed the BYOCA leaf too; its owner goes on with the one it holds.
     for (name, agents, leaves) in [("py_applied", 5, 5), ("py_mixed_byoca_applied", 5, 5)] {
