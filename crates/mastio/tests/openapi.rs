@@ -6,10 +6,11 @@ mod harness;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use harness::Deploy;
+use harness::{ADMIN_SECRET, Deploy, required_environment};
 use mastio::openapi;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const METHODS: [&str; 5] = ["get", "post", "put", "patch", "delete"];
 
@@ -140,4 +141,50 @@ fn the_server_serves_the_document() {
     let mut deploy = Deploy::empty();
     deploy.start();
     assert_eq!(deploy.get("/openapi.json").expect(200), openapi::document());
+}
+
+/// Requests that schemathesis makes up for each operation, beside those that cover the document; with `MASTIO_TEST_ALL`
+/// the second.
+const EXAMPLES: [&str; 2] = ["3", "200"];
+
+/// An operator's secret, an agent's certificate and the document, in the hands of a program that does not know us.
+#[test]
+fn whatever_schemathesis_makes_of_the_document_is_answered_as_it_says() {
+    let mut deploy = Deploy::empty().set("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0");
+    deploy.start();
+    let agent =
+        deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "judge", "capabilities": [] })).expect(201);
+    let file = |name: &str, text: &str| {
+        let path = deploy.folder().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let ca = file("ca.crt", &deploy.get("/pki/ca.crt").body);
+    let certificate = file("agent.crt", agent["cert_pem"].as_str().unwrap());
+    let key = file("agent.key", agent["private_key_pem"].as_str().unwrap());
+    let long = std::env::var_os("MASTIO_TEST_ALL").is_some();
+    let output = Command::new(required_environment("MASTIO_TEST_API_PYTHON"))
+        .current_dir(deploy.folder())
+        .args(["-m", "schemathesis.cli", "--config-file"])
+        .arg(root().join("judges/schemathesis.toml"))
+        .args(["run", &format!("{}/openapi.json", deploy.url()), "--url", &deploy.url()])
+        .args(["--header", &format!("X-Admin-Secret: {ADMIN_SECRET}"), "--exclude-tag", "dashboard"])
+        .arg("--tls-verify")
+        .arg(ca)
+        .arg("--request-cert")
+        .arg(certificate)
+        .arg("--request-cert-key")
+        .arg(key)
+        .args(["--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES[usize::from(long)]])
+        .args(["--seed", "2026", "--generation-database", "none", "--no-color", "--continue-on-failure"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{}", &said[said.floor_char_boundary(said.len().saturating_sub(6000))..]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let failed = |line: &Value| {
+        matches!(line["message"].as_str(), Some("request_failed" | "panicked")) || line["level"] == "ERROR"
+    };
+    let faults: Vec<Value> = deploy.log().into_iter().filter(failed).collect();
+    assert!(faults.is_empty(), "{faults:?}");
 }

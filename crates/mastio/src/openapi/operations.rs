@@ -1016,7 +1016,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"[{"…?":"see docs/gateway.md"}]"#),
+        answer: Answer::Json(
+            200,
+            r#"[{"upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","name":"files","endpoint_url":"https://files.example.com/mcp","description~":"Documents of the house","auth_type":"bearer","allowed_domains":["files.example.com"],"required_capability~":"files.read","ca_pem~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms":60000,"calls_max":64,"enabled":true,"revision~":"2025-11-25","capabilities":{"tools?":{}},"discovered_at~":"2026-04-23T19:04:21Z","discovery_error~":"the server cannot be reached","created_at":"2026-04-23T19:04:21Z","updated_at":"2026-04-23T19:04:21Z"}]"#,
+        ),
         errors: &[401, 403],
     },
     Operation {
@@ -1027,8 +1030,13 @@ pub const OPERATIONS: &[Operation] = &[
         who: Who::Admin,
         query: &[],
         headers: &[],
-        input: Input::Json(r#"{"…?":"see docs/gateway.md"}"#),
-        answer: Answer::Json(201, r#"{"…?":"see docs/gateway.md"}"#),
+        input: Input::Json(
+            r#"{"name":"files","endpoint_url":"https://files.example.com/mcp","description?~":"Documents of the house","auth?~":{"type":"bearer","secret?":"q1w2…"},"allowed_domains?":["files.example.com"],"required_capability?~":"files.read","ca_pem?~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms?":60000,"calls_max?":64,"enabled?":true}"#,
+        ),
+        answer: Answer::Json(
+            201,
+            r#"{"upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","name":"files","endpoint_url":"https://files.example.com/mcp","description~":"Documents of the house","auth_type":"bearer","allowed_domains":["files.example.com"],"required_capability~":"files.read","ca_pem~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms":60000,"calls_max":64,"enabled":true,"revision~":"2025-11-25","capabilities":{"tools?":{}},"discovered_at~":"2026-04-23T19:04:21Z","discovery_error~":"the server cannot be reached","created_at":"2026-04-23T19:04:21Z","updated_at":"2026-04-23T19:04:21Z","found~":{"tools":3,"new":["read"],"changed":["write"],"restored":["list"],"gone":["find"],"unusable":[{"name":"a b","why":"the definition is not an object with a usable name"}]}}"#,
+        ),
         errors: &[400, 401, 403, 409, 422, 503],
     },
     Operation {
@@ -1040,7 +1048,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","name":"files","endpoint_url":"https://files.example.com/mcp","description~":"Documents of the house","auth_type":"bearer","allowed_domains":["files.example.com"],"required_capability~":"files.read","ca_pem~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms":60000,"calls_max":64,"enabled":true,"revision~":"2025-11-25","capabilities":{"tools?":{}},"discovered_at~":"2026-04-23T19:04:21Z","discovery_error~":"the server cannot be reached","created_at":"2026-04-23T19:04:21Z","updated_at":"2026-04-23T19:04:21Z"}"#,
+        ),
         errors: &[401, 403, 404],
     },
     Operation {
@@ -1051,8 +1062,13 @@ pub const OPERATIONS: &[Operation] = &[
         who: Who::Admin,
         query: &[],
         headers: &[],
-        input: Input::Json(r#"{"…?":"see docs/gateway.md"}"#),
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        input: Input::Json(
+            r#"{"name":"files","endpoint_url":"https://files.example.com/mcp","description?~":"Documents of the house","auth?~":{"type":"bearer","secret?":"q1w2…"},"allowed_domains?":["files.example.com"],"required_capability?~":"files.read","ca_pem?~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms?":60000,"calls_max?":64,"enabled?":true}"#,
+        ),
+        answer: Answer::Json(
+            200,
+            r#"{"upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","name":"files","endpoint_url":"https://files.example.com/mcp","description~":"Documents of the house","auth_type":"bearer","allowed_domains":["files.example.com"],"required_capability~":"files.read","ca_pem~":"-----BEGIN CERTIFICATE-----\n…","timeout_ms":60000,"calls_max":64,"enabled":true,"revision~":"2025-11-25","capabilities":{"tools?":{}},"discovered_at~":"2026-04-23T19:04:21Z","discovery_error~":"the server cannot be reached","created_at":"2026-04-23T19:04:21Z","updated_at":"2026-04-23T19:04:21Z"}"#,
+        ),
         errors: &[400, 401, 403, 404, 409, 422],
     },
     Operation {
@@ -1076,7 +1092,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"tools":3,"new":["read"],"changed":["write"],"restored":["list"],"gone":["find"],"unusable":[{"name":"a b","why":"the definition is not an object with a usable name"}]}"#,
+        ),
         errors: &[401, 403, 404, 503],
     },
     Operation {
@@ -1088,7 +1107,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"[{"…?":"see docs/gateway.md"}]"#),
+        answer: Answer::Json(
+            200,
+            r#"[{"tool_id":"0f1c7a52-3f5d-4f0b-8d43-6a3b4f0c9d11","name":"files.read","upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","upstream_name":"read","standing":"approved","definition_digest~":"9c1f…","found_digest":"9c1f…","imitates~":"flles.read","required_capability~":"files.read","calls_per_minute~":60,"first_seen_at":"2026-04-23T19:04:21Z","approved_at~":"2026-04-23T19:08:12Z","approved_by~":"ada","upstream":"files"}]"#,
+        ),
         errors: &[401, 403],
     },
     Operation {
@@ -1100,7 +1122,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"tool_id":"0f1c7a52-3f5d-4f0b-8d43-6a3b4f0c9d11","name":"files.read","upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","upstream_name":"read","standing":"approved","definition_digest~":"9c1f…","found_digest":"9c1f…","imitates~":"flles.read","required_capability~":"files.read","calls_per_minute~":60,"first_seen_at":"2026-04-23T19:04:21Z","approved_at~":"2026-04-23T19:08:12Z","approved_by~":"ada","definition~":{"name?":"read","description?":"Reads a document","inputSchema?":{"type":"object","properties":{"path":{"type":"string"}},"required":["path"]}},"found":{"name?":"read","description?":"Reads a document","inputSchema?":{"type":"object","properties":{"path":{"type":"string"}},"required":["path"]}},"differences":[{"path":"/description","before?":null,"after?":null}]}"#,
+        ),
         errors: &[401, 403, 404],
     },
     Operation {
@@ -1111,8 +1136,11 @@ pub const OPERATIONS: &[Operation] = &[
         who: Who::Admin,
         query: &[],
         headers: &[],
-        input: Input::Json(r#"{"…?":"see docs/gateway.md"}"#),
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        input: Input::Json(r#"{"required_capability?~":"files.read","calls_per_minute?~":60}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"tool_id":"0f1c7a52-3f5d-4f0b-8d43-6a3b4f0c9d11","name":"files.read","upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","upstream_name":"read","standing":"approved","definition_digest~":"9c1f…","found_digest":"9c1f…","imitates~":"flles.read","required_capability~":"files.read","calls_per_minute~":60,"first_seen_at":"2026-04-23T19:04:21Z","approved_at~":"2026-04-23T19:08:12Z","approved_by~":"ada"}"#,
+        ),
         errors: &[400, 401, 403, 404, 422],
     },
     Operation {
@@ -1123,8 +1151,11 @@ pub const OPERATIONS: &[Operation] = &[
         who: Who::Admin,
         query: &[],
         headers: &[],
-        input: Input::Nothing,
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        input: Input::Json(r#"{"digest":"9c1f…","accept_imitation?":false}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"tool_id":"0f1c7a52-3f5d-4f0b-8d43-6a3b4f0c9d11","name":"files.read","upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","upstream_name":"read","standing":"approved","definition_digest~":"9c1f…","found_digest":"9c1f…","imitates~":"flles.read","required_capability~":"files.read","calls_per_minute~":60,"first_seen_at":"2026-04-23T19:04:21Z","approved_at~":"2026-04-23T19:08:12Z","approved_by~":"ada"}"#,
+        ),
         errors: &[401, 403, 404, 409],
     },
     Operation {
@@ -1136,7 +1167,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"{"…?":"see docs/gateway.md"}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"tool_id":"0f1c7a52-3f5d-4f0b-8d43-6a3b4f0c9d11","name":"files.read","upstream_id":"5b1d2f34-8a41-4c8e-9a77-0d6f0f1f2a10","upstream_name":"read","standing":"approved","definition_digest~":"9c1f…","found_digest":"9c1f…","imitates~":"flles.read","required_capability~":"files.read","calls_per_minute~":60,"first_seen_at":"2026-04-23T19:04:21Z","approved_at~":"2026-04-23T19:08:12Z","approved_by~":"ada"}"#,
+        ),
         errors: &[401, 403, 404],
     },
     Operation {
@@ -1217,7 +1251,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"[{}]"#),
+        answer: Answer::Json(
+            200,
+            r#"[{"proposal_id":"01KP3Z7Q8S…","migration_id":"2026-04-23-org-ca-pathlen-1","direction":"apply","plan_digest":"9c1f…","status":"proposed","proposed_by":"ada","proposed_at":"2026-04-23T19:04:21Z","approved_by~":"bob","approved_at~":"2026-04-23T19:08:12Z","expires_at":"2026-04-24T19:04:21Z","run_id~":"01KP3ZB2M4…"}]"#,
+        ),
         errors: &[401, 403, 404],
     },
     Operation {
@@ -1229,7 +1266,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Json(r#"{"plan_digest":"9c1f…","direction?~":"apply"}"#),
-        answer: Answer::Json(201, r#"{}"#),
+        answer: Answer::Json(
+            201,
+            r#"{"proposal_id":"01KP3Z7Q8S…","migration_id":"2026-04-23-org-ca-pathlen-1","direction":"apply","plan_digest":"9c1f…","status":"proposed","proposed_by":"ada","proposed_at":"2026-04-23T19:04:21Z","approved_by~":"bob","approved_at~":"2026-04-23T19:08:12Z","expires_at":"2026-04-24T19:04:21Z","run_id~":"01KP3ZB2M4…"}"#,
+        ),
         errors: &[400, 401, 403, 404, 409, 422],
     },
     Operation {
@@ -1241,7 +1281,10 @@ pub const OPERATIONS: &[Operation] = &[
         query: &[],
         headers: &[],
         input: Input::Nothing,
-        answer: Answer::Json(200, r#"{}"#),
+        answer: Answer::Json(
+            200,
+            r#"{"proposal_id":"01KP3Z7Q8S…","migration_id":"2026-04-23-org-ca-pathlen-1","direction":"apply","plan_digest":"9c1f…","status":"proposed","proposed_by":"ada","proposed_at":"2026-04-23T19:04:21Z","approved_by~":"bob","approved_at~":"2026-04-23T19:08:12Z","expires_at":"2026-04-24T19:04:21Z","run_id~":"01KP3ZB2M4…"}"#,
+        ),
         errors: &[401, 403, 404, 409],
     },
 ];
