@@ -22,6 +22,10 @@ it lives through as an agent does.
      "cert_pem":…,"private_key_pem":…,"persist_to":DIR}
     {"cmd":"enroll-spiffe",… "svid_pem":…,"svid_key_pem":…,"trust_bundle_pem":…,"persist_to":DIR}
     {"cmd":"login-proxy"}            a login with the key that the server holds
+    {"cmd":"policy","principal_id":ID,"tool_name":NAME}
+    {"cmd":"connector","config_dir":DIR}      a client as `from_connector` builds it; no lazy login
+    {"cmd":"systemd","credentials_dir":DIR,"ca":PEM}
+    {"cmd":"api-key-file"}           the client of `open` by the deprecated name of its constructor
     {"cmd":"state"}                  which SDK, which Python, the agent id, is there a token
     {"cmd":"quit"}
 
@@ -154,6 +158,37 @@ class Story:
         )
         return self.state(request)
 
+    def policy(self, request):
+        return self.client.evaluate_tool_call_policy(
+            principal_id=request["principal_id"], principal_type="agent", tool_name=request["tool_name"]
+        )
+
+    def connector(self, request):
+        self.client = CullisClient.from_connector(request["config_dir"])
+        return self.state(request)
+
+    def systemd(self, request):
+        self.client = CullisClient.from_systemd_credentials(
+            credentials_dir=request["credentials_dir"], ca_chain_path=request["ca"]
+        )
+        return self.state(request)
+
+    def api_key_file(self, request):
+        directory = Path(self.settings["identity_dir"])
+        names = ("agent.crt", "agent.key") if (directory / "agent.crt").exists() else ("cert.pem", "key.pem")
+        with warnings.catch_warnings():
+            # That it is deprecated is known; that it says more would be new.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.client = CullisClient.from_api_key_file(
+                self.settings["mastio_url"],
+                api_key_path=directory / "no-such-file",
+                cert_path=directory / names[0],
+                key_path=directory / names[1],
+                agent_id=self.settings.get("agent_id"),
+                ca_chain_path=self.settings["ca"],
+            )
+        return self.state(request)
+
     def login_proxy(self, _request):
         self.client.login_via_proxy()
         return {"token": bool(self.client.token)}
@@ -182,6 +217,10 @@ COMMANDS = {
     "enroll-byoca": Story.enroll_byoca,
     "enroll-spiffe": Story.enroll_spiffe,
     "login-proxy": Story.login_proxy,
+    "policy": Story.policy,
+    "connector": Story.connector,
+    "systemd": Story.systemd,
+    "api-key-file": Story.api_key_file,
     "state": Story.state,
 }
 

@@ -206,7 +206,8 @@ fn owner_files(data: &[u8]) {
         assert_eq!(key.spki_der(), spki, "two readers, one key");
     }
     if let Ok(chain) = Certificate::chain_from_pem(text) {
-        let _fits = chain.iter().any(|certificate| spki.as_deref().is_ok_and(|spki| certificate.spki_der() == spki));
+        let _fits =
+            chain.iter().any(|certificate| spki.as_deref().is_ok_and(|spki| certificate.spki_der() == spki));
     }
 }
 

@@ -971,7 +971,8 @@ fn given_back(world: &mut World) {
 fn nonces(database: Database) -> Vec<[String; 4]> {
     let mut world = World::new(database, &[("MCP_PROXY_DPOP_NONCE", "true")]);
     let sealed = world.deploy.sql("SELECT value FROM deploy_state WHERE key = 'dpop_nonce_key'");
-    let secret = stolen_seal(&world.deploy, database).open("deploy_state/dpop_nonce_key/value", &sealed).unwrap();
+    let secret =
+        stolen_seal(&world.deploy, database).open("deploy_state/dpop_nonce_key/value", &sealed).unwrap();
     let secret = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, secret.as_bytes());
     // In which five minutes the server is may change on the way.
     let period = now() / 300;

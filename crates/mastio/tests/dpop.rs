@@ -5,7 +5,7 @@
 mod harness;
 
 use harness::forge::{Key, Response, Wire, now, unique, with};
-use harness::{Database, Deploy};
+use harness::{Database, Deploy, PASSPHRASE, required_environment};
 use serde_json::{Value, json};
 
 const TOKEN: &str = "/v1/auth/token";
@@ -224,4 +224,91 @@ fn a_persistent_key_is_proved_rotated_and_in_grace() {
     assert_eq!(strict.fetch(Some(&proof(&first, "GET", &url, None, &nonce))).status, 401, "not registered");
     strict.register(&first);
     assert_eq!(strict.fetch(Some(&proof(&first, "GET", &url, None, &nonce))).status, 200);
+}
+
+/// Two processes on one PostgreSQL, with Redis or without: what one has given out or taken in, the other knows at the
+/// next request.
+fn on_two_replicas(redis: Option<&str>) {
+    let mut settings = vec![("MCP_PROXY_DPOP_NONCE", "true"), ("MCP_PROXY_DB_ENCRYPTION_KEY", PASSPHRASE)];
+    settings.extend(redis.map(|url| ("MCP_PROXY_REDIS_URL", url)));
+    let one = World::new(Database::Postgres, &settings);
+    let mut deploy = Deploy::empty()
+        .set("MCP_PROXY_DATABASE_URL", one.deploy.database_url().unwrap())
+        .set("MCP_PROXY_PROXY_PUBLIC_URL", &one.url(""));
+    for (name, value) in &settings {
+        deploy = deploy.set(name, value);
+    }
+    deploy.start();
+    let two = Wire::new(deploy.port(), &deploy.get("/pki/ca.crt").body, None);
+    let (key, url, mcp) = (Key::new(), one.url(TOKEN), one.url(MCP));
+    let mint = |wire: &Wire, assertion: &str, proof: &str| {
+        let body = json!({ "client_assertion": assertion }).to_string();
+        wire.send("POST", TOKEN, &[JSON, ("DPoP", proof)], &body)
+    };
+    let use_token = |wire: &Wire, token: &str, proof: &str| {
+        wire.send("POST", MCP, &[JSON, ("Authorization", &format!("DPoP {token}")), ("DPoP", proof)], LIST)
+    };
+    let replayed = |answer: &Response| {
+        assert_eq!((answer.status, &answer.json()["detail"]), (401, &json!("DPoP proof replay detected")));
+    };
+
+    // A nonce of one is taken by the other, which gives the same one out.
+    let assertion = one.assertion();
+    let nonce = asked(&mint(&one.plain, &assertion, &key.proof("POST", &url, None)), 401);
+    assert_eq!(asked(&mint(&two, &assertion, &key.proof("POST", &url, None)), 401), nonce);
+    let minted = proof(&key, "POST", &url, None, &nonce);
+    let granted = mint(&two, &assertion, &minted);
+    assert_eq!(granted.status, 200, "{granted:?}");
+    let token = granted.json()["access_token"].as_str().unwrap().to_owned();
+
+    // Proof and assertion are used up on both, at the token endpoint and at the gateway.
+    replayed(&mint(&one.plain, &one.assertion(), &minted));
+    replayed(&mint(&one.plain, &assertion, &proof(&key, "POST", &url, None, &nonce)));
+    let used = proof(&key, "POST", &mcp, Some(&token), &nonce);
+    assert_eq!(use_token(&one.plain, &token, &used).status, 200);
+    replayed(&use_token(&two, &token, &used));
+    // Of many at once, one.
+    for _ in 0..3 {
+        let once = proof(&key, "POST", &mcp, Some(&token), &nonce);
+        let accepted = std::thread::scope(|scope| {
+            let sent: Vec<_> = (0..8)
+                .map(|number| {
+                    let (wire, token, once) =
+                        (if number % 2 == 0 { &one.plain } else { &two }, &token, &once);
+                    scope.spawn(move || use_token(wire, token, once).status)
+                })
+                .collect();
+            sent.into_iter().map(|sent| sent.join().unwrap()).filter(|status| *status == 200).count()
+        });
+        assert_eq!(accepted, 1);
+    }
+
+    // Revoked on one (RFC 7009), refused by both at their next request; another token of the agent goes on.
+    let other = mint(&two, &one.assertion(), &proof(&key, "POST", &url, None, &nonce));
+    let other = other.json()["access_token"].as_str().unwrap().to_owned();
+    let form = format!("client_id={}&token={token}", one.agent_id);
+    let headers = [("Content-Type", "application/x-www-form-urlencoded")];
+    let revoked = one.wire.send("POST", "/v1/auth/revoke", &headers, &form);
+    assert_eq!(revoked.status, 200, "{revoked:?}");
+    for wire in [&two, &one.plain] {
+        let refused = use_token(wire, &token, &proof(&key, "POST", &mcp, Some(&token), &nonce));
+        assert_eq!(refused.status, 401, "{refused:?}");
+        let accepted = use_token(wire, &other, &proof(&key, "POST", &mcp, Some(&other), &nonce));
+        assert_eq!(accepted.status, 200, "{accepted:?}");
+    }
+    let refusals = one.deploy.admin_get("/v1/admin/audit?event_type=auth.refused").expect(200);
+    let revoked =
+        refusals.as_array().unwrap().iter().filter(|event| event["details"]["reason"] == "token_revoked");
+    assert_eq!(revoked.count(), 2, "{refusals}");
+    assert_eq!(one.deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn nonces_proofs_and_revoked_tokens_are_known_to_both_of_two_replicas_on_postgresql() {
+    on_two_replicas(None);
+}
+
+#[test]
+fn nonces_proofs_and_revoked_tokens_are_known_to_both_of_two_replicas_with_redis() {
+    on_two_replicas(Some(&required_environment("MASTIO_TEST_REDIS_URL")));
 }

@@ -152,8 +152,9 @@ const EXAMPLES: [&str; 2] = ["3", "200"];
 fn whatever_schemathesis_makes_of_the_document_is_answered_as_it_says() {
     let mut deploy = Deploy::empty().set("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0");
     deploy.start();
-    let agent =
-        deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "judge", "capabilities": [] })).expect(201);
+    let agent = deploy
+        .admin_post("/v1/admin/agents", &json!({ "agent_name": "judge", "capabilities": [] }))
+        .expect(201);
     let file = |name: &str, text: &str| {
         let path = deploy.folder().join(name);
         fs::write(&path, text).unwrap();

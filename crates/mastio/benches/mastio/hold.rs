@@ -89,9 +89,15 @@ impl Held {
         };
         for (name, offered) in [("half", &self.half), ("twice", &self.twice)] {
             let broken = offered.broken.as_deref().unwrap_or_default();
-            judge(offered.wrong.is_empty(), format!("answers at {name} the rate: {:?} {broken}", offered.wrong));
+            judge(
+                offered.wrong.is_empty(),
+                format!("answers at {name} the rate: {:?} {broken}", offered.wrong),
+            );
             let share = offered.sent_per_s / offered.wanted_per_s;
-            judge(share >= SENT_SHARE_MIN, format!("only {:.0} % of {name} the rate was sent", share * 100.0));
+            judge(
+                share >= SENT_SHARE_MIN,
+                format!("only {:.0} % of {name} the rate was sent", share * 100.0),
+            );
         }
         let times = self.delay_times();
         judge(times <= DELAY_TIMES_MAX, format!("p99 is {times:.1} times that at half the rate"));
@@ -128,7 +134,9 @@ impl Held {
         }
         let [before, early, late] = self.memory_mib;
         println!("p99 of the accepted: {:.2} times that at half the rate", self.delay_times());
-        println!("resident: {before:.1} MiB before, {early:.1} after a fifth of the load, {late:.1} at its end");
+        println!(
+            "resident: {before:.1} MiB before, {early:.1} after a fifth of the load, {late:.1} at its end"
+        );
         println!(
             "a second after the load: {:.0} mints/s, {:.0} % of the full rate",
             self.recovered_per_s,
@@ -278,12 +286,8 @@ impl Clients {
         let (local, begun) = (LocalSet::new(), tokio::time::Instant::now());
         let seen = Rc::new(RefCell::new(Seen::default()));
         for (index, client) in self.0.iter().enumerate() {
-            let (agent, target, free, seen) = (
-                Rc::clone(&client.agent),
-                client.target.clone(),
-                Rc::clone(&client.free),
-                Rc::clone(&seen),
-            );
+            let (agent, target, free, seen) =
+                (Rc::clone(&client.agent), client.target.clone(), Rc::clone(&client.free), Rc::clone(&seen));
             let mut gaps = Gaps::new(index, wanted_per_s / CLIENTS as f64);
             local.spawn_local(async move {
                 let mut due = begun;
@@ -394,7 +398,10 @@ struct Gaps {
 
 impl Gaps {
     fn new(index: usize, per_s: f64) -> Self {
-        Self { state: 0x9e37_79b9_7f4a_7c15 ^ (index as u64 + 1).wrapping_mul(0x2545_f491_4f6c_dd1d), mean_s: 1.0 / per_s }
+        Self {
+            state: 0x9e37_79b9_7f4a_7c15 ^ (index as u64 + 1).wrapping_mul(0x2545_f491_4f6c_dd1d),
+            mean_s: 1.0 / per_s,
+        }
     }
 
     fn next(&mut self) -> Duration {

@@ -101,8 +101,7 @@ mod tests {
         let names = |headers: HeaderMap| async move {
             headers.keys().map(|name| name.as_str().to_owned()).collect::<Vec<_>>().join(" ")
         };
-        let router =
-            Router::new().route("/", get(names)).layer(from_fn_with_state(Front::default(), guard));
+        let router = Router::new().route("/", get(names)).layer(from_fn_with_state(Front::default(), guard));
         let request = Request::get("/")
             .header("X-SSL-Client-Cert", "x")
             .header("X-SSL-Client-Verify", "SUCCESS")

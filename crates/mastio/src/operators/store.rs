@@ -94,7 +94,10 @@ pub(super) async fn end_sessions(tx: &mut WriteTx, name: &str) -> Result<(), Sto
 
 /// Makes void whatever an operator stands behind and no run has used: proposals of theirs, and those that they have
 /// approved. Gives each with its update.
-pub(super) async fn void_proposals(tx: &mut WriteTx, name: &str) -> Result<Vec<(String, String)>, StoreError> {
+pub(super) async fn void_proposals(
+    tx: &mut WriteTx,
+    name: &str,
+) -> Result<Vec<(String, String)>, StoreError> {
     let rows = tx
         .rows(
             "UPDATE update_proposals SET void = 'operator_gone' WHERE (proposed_by = $1 OR approved_by = $1) \

@@ -11,7 +11,8 @@ use crate::world::{
     ClientKey, Identity, approve, ca_file, events, fresh, managed, outcome, post_from, start,
 };
 
-fn enroll(deploy: &Deploy, python: Python, name: &str) -> (Agent, String) {
+/// The SDK asks for an identity and waits; the session that the operator decides on.
+pub fn enroll(deploy: &Deploy, python: Python, name: &str) -> (Agent, String) {
     let mut agent = Agent::bare(python);
     let directory = deploy.folder().join(name);
     let started = agent

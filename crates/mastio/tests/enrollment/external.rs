@@ -18,7 +18,7 @@ fn request(folder: &Path, key: &str) -> String {
 }
 
 /// A certificate of the present Org CA for `key`, as its owner gets one.
-fn under_org_ca(deploy: &Deploy, name: &str, key: &str) -> String {
+pub fn under_org_ca(deploy: &Deploy, name: &str, key: &str) -> String {
     let body = json!({ "agent_name": name, "csr_pem": request(deploy.folder(), key) });
     let issued = deploy.admin_post("/v1/admin/pki/byoca-certificates", &body).expect(201);
     issued["cert_pem"].as_str().unwrap().to_owned()
@@ -40,7 +40,7 @@ fn enroll(deploy: &Deploy, name: &str, cert_pem: &str, key_pem: &str, more: Valu
 }
 
 /// The SDK's own enrollment, and the agent that its files make.
-fn by_sdk(deploy: &Deploy, python: Python, name: &str, request: Value) -> Agent {
+pub fn by_sdk(deploy: &Deploy, python: Python, name: &str, request: Value) -> Agent {
     let directory = deploy.folder().join(format!("sdk-{name}"));
     let ca = ca_file(deploy);
     let mut agent = Agent::bare(python);
@@ -241,11 +241,11 @@ fn an_owner_follows_a_replaced_org_ca_in_place_on_postgresql() {
 }
 
 /// A CA outside: SPIRE's, or a stranger's. OpenSSL runs it.
-struct ForeignCa {
+pub struct ForeignCa {
     folder: PathBuf,
 }
 
-fn foreign_ca(deploy: &Deploy, name: &str) -> ForeignCa {
+pub fn foreign_ca(deploy: &Deploy, name: &str) -> ForeignCa {
     let folder = deploy.folder().join(name);
     fs::create_dir(&folder).unwrap();
     let mut command = Command::new("openssl");
@@ -267,12 +267,13 @@ fn foreign_ca(deploy: &Deploy, name: &str) -> ForeignCa {
 }
 
 impl ForeignCa {
-    fn pem(&self) -> String {
+    /// Its certificate.
+    pub fn pem(&self) -> String {
         fs::read_to_string(self.folder.join("ca.crt")).unwrap()
     }
 
     /// A leaf for `key`.
-    fn issue(&self, key: &ClientKey, san: &str, usage: &str) -> String {
+    pub fn issue(&self, key: &ClientKey, san: &str, usage: &str) -> String {
         let csr = request(&self.folder, &key.private_pem());
         fs::write(self.folder.join("leaf.csr"), csr).unwrap();
         let extensions = format!(
@@ -287,7 +288,8 @@ impl ForeignCa {
     }
 }
 
-const SPIFFE_ID: &str = "spiffe://prod.example/ns/billing/sa/ledger";
+/// An identity of SPIRE's.
+pub const SPIFFE_ID: &str = "spiffe://prod.example/ns/billing/sa/ledger";
 
 fn spiffe(database: Database, python: Python) {
     let deploy = fresh(database);
