@@ -79,7 +79,6 @@ use Verdict::{On, Otherwise, Owed, Proven, Title};
 
 const BUNDLE: &str = "the deploy bundle";
 const LINKED: &str = "the linked pages";
-const ENROLLMENT: &str = "enrolment";
 
 /// The page, quote by quote, in its order.
 const PAGE: &[(&str, Verdict)] = &[
@@ -329,7 +328,10 @@ const PAGE: &[(&str, Verdict)] = &[
         "What is explicitly out of scope - BYOCA agents. The org holds their private keys, not the Mastio, so the auto-migrator can’t re-sign leaves.",
         Proven(&["BYOCA is flagged and left alone"]),
     ),
-    ("BYOCA operators re-run enroll_via_byocaagainst the new Org CA. Tracked separately.", Owed(ENROLLMENT)),
+    (
+        "BYOCA operators re-run enroll_via_byocaagainst the new Org CA. Tracked separately.",
+        Proven(&["a BYOCA owner enrolls again under the new Org CA"]),
+    ),
     (
         "- Expired Org CA. The migration refuses to run if the current CA’s notAfteris in the past — the repair would extend expiry silently.",
         Proven(&["an expired Org CA is refused"]),
@@ -982,6 +984,7 @@ fn other_deploys(walk: &mut Walk, database: Database) {
     assert_eq!(deploy.sql(byoca), before.0);
     assert_ne!(deploy.sql(ours), before.1);
     walk.proven("BYOCA is flagged and left alone");
+    owner_enrolls_again(walk, &deploy);
 
     let mut deploy = Deploy::legacy("v01_expired").unwrap().on(database);
     deploy.start();
@@ -1005,6 +1008,35 @@ fn other_deploys(walk: &mut Walk, database: Database) {
     let created = deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "new", "capabilities": [] }));
     assert_eq!(created.status, 201, "{}", created.body);
     walk.proven("an update that touches nobody does not halt");
+}
+
+/// The owner keeps the key, has it certified under the new Org CA, and re-runs `enroll_via_byoca` of the SDK.
+fn owner_enrolls_again(walk: &mut Walk, deploy: &Deploy) {
+    let key = shared().unwrap().join("fixtures/legacy/keys/py_mixed_byoca_pending/agent-0004.key");
+    let row = "SELECT cert_pem FROM internal_agents WHERE agent_id = 'acme::agent-0004'";
+    let before = deploy.sql(row);
+    let csr = run(Command::new("openssl").args(["req", "-new", "-subj", "/CN=whoever", "-key"]).arg(&key));
+    let body = json!({ "agent_name": "agent-0004", "csr_pem": csr });
+    let issued = deploy.admin_post("/v1/admin/pki/byoca-certificates", &body).expect(201);
+    let ca = deploy.folder().join("new-ca.crt");
+    let roots = deploy.get("/pki/ca.crt").body;
+    fs::write(&ca, &roots).unwrap();
+    let key = fs::read_to_string(key).unwrap();
+    let mut owner = Agent::bare(Python::Plain);
+    let enrolled = owner.ask(&json!({
+        "cmd": "enroll-byoca", "mastio_url": deploy.url(), "ca": ca, "admin_secret": ADMIN_SECRET,
+        "agent_name": "agent-0004", "cert_pem": issued["cert_pem"], "private_key_pem": key,
+        "persist_to": deploy.folder().join("owner"),
+    }));
+    enrolled.unwrap_or_else(|raised| panic!("{raised:?}"));
+    let after = deploy.sql(row);
+    assert_ne!(after, before);
+    assert_eq!(certificates(&after)[0].trim(), issued["cert_pem"].as_str().unwrap().trim());
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("root.pem");
+    fs::write(&root, &certificates(&roots)[0]).unwrap();
+    openssl(&["verify", "-x509_strict", "-CAfile", root.to_str().unwrap()], &after);
+    walk.proven("a BYOCA owner enrolls again under the new Org CA");
 }
 
 fn alert(walk: &mut Walk) {
