@@ -18,7 +18,7 @@ use super::event::Event;
 use crate::{
     json::{self, JsonError},
     time::UnixMicros,
-    token::sha256_hex,
+    x509::sha256_hex,
 };
 
 /// The `prev_hash` of the first row.

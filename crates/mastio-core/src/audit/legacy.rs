@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::token::sha256_hex;
+use crate::x509::sha256_hex;
 
 /// What stands for the hash before the first row.
 const LEGACY_GENESIS: &str = "genesis";

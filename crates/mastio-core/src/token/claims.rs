@@ -11,9 +11,10 @@ use super::{
     from_base64url,
     jwk::PublicJwk,
     jws::{JwsAlgorithm, JwsError, UnverifiedJws, signing_input},
-    sha256_base64url, sha256_hex, text_claim, time_claim,
+    sha256_base64url, text_claim, time_claim,
 };
 use crate::time::UnixTime;
+use crate::x509::sha256_hex;
 
 /// The audience of a token for this Mastio's own resources.
 pub const ACCESS_TOKEN_AUDIENCE: &str = "cullis-local";

@@ -7,8 +7,8 @@
 use super::{
     from_base64url,
     jwk::{JwkError, PublicJwk},
-    sha256_hex,
 };
+use crate::x509::sha256_hex;
 
 /// Characters of an encoded proof, at most.
 pub const POSSESSION_CHARACTERS_MAX: usize = 2048;

@@ -39,11 +39,6 @@ pub(crate) fn from_base64url(text: &str) -> Option<Vec<u8>> {
     URL_SAFE_NO_PAD.decode(text).ok()
 }
 
-/// Lowercase hex of the SHA-256 of these bytes.
-pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
-    digest::digest(&digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Base64url of the SHA-256 of these bytes.
 pub(crate) fn sha256_base64url(bytes: &[u8]) -> String {
     to_base64url(digest::digest(&digest::SHA256, bytes).as_ref())

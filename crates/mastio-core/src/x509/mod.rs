@@ -179,6 +179,7 @@ fn serial_hex(content: &[u8]) -> String {
     }
 }
 
-fn sha256_hex(octets: &[u8]) -> String {
+/// Lowercase hex of the SHA-256 of these octets.
+pub(crate) fn sha256_hex(octets: &[u8]) -> String {
     hex(digest::digest(&digest::SHA256, octets).as_ref())
 }
