@@ -17,7 +17,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
 use mastio_core::error::Kind;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -38,9 +38,11 @@ use crate::http::urls::ExternalUrls;
 use crate::metrics::{self, Metrics};
 use crate::operators::sso::Sso;
 use crate::operators::{self, Operators};
+use crate::pki::seal_rotation::{self, NewSeal, RotationError};
 use crate::pki::sealing::{self, SealingError};
 use crate::pki::tls::{ServerNames, Tls};
 use crate::pki::{self, Pki, PkiError, bootstrap};
+use crate::store::adopt::undo::{UndoError, Undoing};
 use crate::store::adopt::{self, AdoptError};
 use crate::store::claims::{Claims, NotRedis};
 use crate::store::ephemeral;
@@ -129,6 +131,12 @@ pub enum AppError {
     /// The sealing key.
     #[error(transparent)]
     Sealing(#[from] SealingError),
+    /// Undoing an adoption.
+    #[error(transparent)]
+    Undo(#[from] UndoError),
+    /// Moving to another sealing key.
+    #[error(transparent)]
+    SealRotation(#[from] RotationError),
     /// The certificate authority.
     #[error(transparent)]
     Pki(#[from] PkiError),
@@ -193,7 +201,11 @@ pub async fn open(config: &Config) -> Result<Deploy, AppError> {
     }
     let opened = sealing::open(&mut store.read().await?, data_dir, passphrase).await?;
     let sealing = match opened {
-        Some(sealing) => sealing,
+        Some(sealing) => {
+            // What a rotation left that ended between its commit and its files.
+            seal_rotation::finish(&store, data_dir, &sealing)?;
+            sealing
+        }
         None if !may_create => return Err(AppError::NotInitialised { url: config.database_url.redacted() }),
         None => {
             let mut tx = store.write().await?;
@@ -221,6 +233,97 @@ pub async fn open(config: &Config) -> Result<Deploy, AppError> {
     updates.detect().await?;
     pki.complete().await?;
     Ok(Deploy { pki, updates, _lock: lock })
+}
+
+/// Where an operator wants everything sealed.
+pub enum SealChoice {
+    /// Under another key of the same kind; or under the passphrase that is set, where `seal.key` is in force.
+    Another,
+    /// Under a new `seal.key`.
+    File,
+    /// Under this passphrase.
+    Passphrase(String),
+}
+
+/// Seals everything of a stopped deploy under another key, and tells what went.
+///
+/// Errors: [`AppError::Locked`] while a server runs; [`AppError::SealRotation`].
+pub async fn rotate_seal(config: &Config, choice: SealChoice, actor: &str) -> Result<Value, AppError> {
+    let data_dir = &config.data_dir;
+    let sqlite = matches!(config.database_url, DatabaseUrl::Sqlite(_));
+    let _lock = if sqlite { Some(lock(data_dir)?) } else { None };
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let entropy = Arc::new(Entropy::default());
+    let open = || Store::open(&config.database_url, false, Arc::clone(&clock), Arc::clone(&entropy));
+    let store = open().await?;
+    if !schema::is_ours(&store).await? {
+        return Err(AppError::NotInitialised { url: config.database_url.redacted() });
+    }
+    schema::migrate(&store).await?;
+    let set = config.db_encryption_key.as_deref();
+    let source = sealing::state(&mut store.read().await?, "sealing_source").await?;
+    let by_passphrase = source.as_deref() == Some("passphrase");
+    let new = match choice {
+        SealChoice::File => NewSeal::File,
+        SealChoice::Passphrase(passphrase) => NewSeal::Passphrase(passphrase),
+        SealChoice::Another if by_passphrase => return Err(RotationError::Unsaid.into()),
+        SealChoice::Another => set.map_or(NewSeal::File, |set| NewSeal::Passphrase(set.to_owned())),
+    };
+    let present = set.filter(|_| by_passphrase);
+    let former = sealing::open(&mut store.read().await?, data_dir, present).await?;
+    let former = former.ok_or_else(|| AppError::NotInitialised { url: config.database_url.redacted() })?;
+    seal_rotation::finish(&store, data_dir, &former)?;
+    // Another replica's session must be told from our own.
+    store.close().await;
+    let store = open().await?;
+    let rotated = seal_rotation::rotate(&store, data_dir, &former, new, actor, &entropy).await?;
+    let scrubbed = adopt::finish_scrub(&store).await;
+    store.close().await;
+    match scrubbed {
+        // Somebody reads the file just now; the mark stays, and the next boot tries again.
+        Err(error @ AdoptError::Scrub { .. }) => tracing::warn!(error = chain(&error), "scrub_postponed"),
+        other => other?,
+    }
+    Ok(rotated)
+}
+
+/// Has the predecessor's database take the place of an adopted one. `agreed` is told what would be lost.
+///
+/// Errors: [`AppError::Locked`] while a server runs; [`AppError::Undo`].
+pub async fn undo_adoption<E: From<AppError>>(
+    config: &Config,
+    copy: Option<&Path>,
+    agreed: impl FnOnce(&Undoing) -> Result<(), E>,
+) -> Result<Value, E> {
+    let undone = async {
+        let data_dir = &config.data_dir;
+        if !matches!(config.database_url, DatabaseUrl::Sqlite(_)) {
+            return Err(AppError::Undo(UndoError::NotAdopted));
+        }
+        let lock = lock(data_dir)?;
+        let entropy = Arc::new(Entropy::default());
+        let store = Store::open(&config.database_url, false, Arc::new(SystemClock), entropy).await?;
+        if !schema::is_ours(&store).await? {
+            return Err(AppError::Undo(UndoError::NotAdopted));
+        }
+        let passphrase = config.db_encryption_key.as_deref();
+        let key = sealing::open(&mut store.read().await?, data_dir, passphrase).await?;
+        let key = key.ok_or(AppError::Undo(UndoError::NotAdopted))?;
+        let undoing = adopt::undo::look(&store, &key, copy).await;
+        store.close().await;
+        Ok::<_, AppError>((lock, undoing?))
+    };
+    let (_lock, undoing) = undone.await?;
+    agreed(&undoing)?;
+    let report = json!({
+        "restored": undoing.copy.display().to_string(),
+        "kept": undoing.aside.display().to_string(),
+        "agents_lost": undoing.agents_lost,
+        "events_lost": undoing.events_lost,
+        "next": "start the Python Mastio on it; mastio serve would adopt it again",
+    });
+    undoing.finish().map_err(AppError::from)?;
+    Ok(report)
 }
 
 /// A server that accepts requests.

@@ -24,11 +24,13 @@ use mastio_core::error::Kind;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::app::AppError;
+use crate::app::{AppError, SealChoice};
 use crate::config::{self, AdminSecret, Config, ConfigError, Flags, Origin, Resolved, Surroundings};
 use crate::entropy::Entropy;
 use crate::http::error::{Problem, chain};
+use crate::pki::seal_rotation::RotationError;
 use crate::store::DatabaseUrl;
+use crate::store::adopt::undo::Undoing;
 pub(crate) use crate::updates::Direction;
 use crate::updates::order;
 use remote::Remote;
@@ -94,17 +96,29 @@ enum Command {
     /// Add, list and deactivate operators.
     #[command(subcommand)]
     Admin(admin::AdminCommand),
-    /// Look at a predecessor's database without changing it.
+    /// Look at a predecessor's database, or take an adoption back. Adoption itself is `serve`'s.
     Adopt {
-        /// Say whether it can be adopted and what would happen. The only mode: adoption itself is `serve`'s.
-        #[arg(long, required = true)]
+        /// Say whether it can be adopted and what would happen; change nothing.
+        #[arg(long, required_unless_present = "undo")]
         check: bool,
+        /// Put the predecessor's database back as it was, and keep the present one beside it. No server may run.
+        #[arg(long, conflicts_with = "check")]
+        undo: bool,
+        /// The copy to put back, where it is not the only one beside the database.
+        #[arg(long, value_name = "FILE", requires = "undo")]
+        copy: Option<PathBuf>,
+        /// Do not ask.
+        #[arg(long, short, requires = "undo")]
+        yes: bool,
         #[command(flatten)]
         target: Target,
     },
     /// Move the database.
     #[command(subcommand)]
     Database(DatabaseCommand),
+    /// Look after the key that every private key in the database is sealed under.
+    #[command(subcommand)]
+    Seal(SealCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -296,6 +310,26 @@ enum DatabaseCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum SealCommand {
+    /// Seal everything under another key. No server may run.
+    ///
+    /// Without a choice: from seal.key to MCP_PROXY_DB_ENCRYPTION_KEY where that is set, else to a new seal.key.
+    Rotate {
+        /// Under the passphrase in this file's first line.
+        #[arg(long, value_name = "FILE", conflicts_with = "to_file")]
+        new_passphrase_file: Option<PathBuf>,
+        /// Under a new seal.key in the data directory.
+        #[arg(long)]
+        to_file: bool,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
 /// Whom a command speaks to, and how it answers.
 #[derive(Debug, Args)]
 struct Target {
@@ -390,7 +424,12 @@ impl From<AppError> for Failure {
             AppError::Locked { .. }
             | AppError::DatabaseLost { .. }
             | AppError::StrictPki(_)
+            | AppError::Undo(_)
+            | AppError::SealRotation(RotationError::InUse(_))
             | AppError::Adopt(_) => Self::Refused(chain(&error)),
+            AppError::SealRotation(
+                RotationError::Unsaid | RotationError::PassphraseRequired | RotationError::PassphraseEmpty,
+            ) => Self::Usage(chain(&error)),
             AppError::Updates(error) => Self::of(&error),
             error => Self::because("the deploy cannot be opened", error),
         }
@@ -468,7 +507,29 @@ async fn execute(command: Command) -> Result<(), Failure> {
             };
             show(&target, &list, table::revoked)
         }
-        Command::Adopt { check: _, target } => match way(&target)? {
+        Command::Adopt { undo: true, copy, yes, target, .. } => match way(&target)? {
+            Way::Server(_) => {
+                Err(Failure::Refused("stop the server before its adoption is undone".to_owned()))
+            }
+            Way::InProcess(config) => {
+                let agreed = |undoing: &Undoing| {
+                    if yes {
+                        return Ok(());
+                    }
+                    ask(&format!(
+                        "{} agents that have come since and {} events of the audit log would be unknown to the Python \
+                         Mastio; the present database stays as {}.\nput {} back",
+                        undoing.agents_lost,
+                        undoing.events_lost,
+                        undoing.aside.display(),
+                        undoing.copy.display(),
+                    ))
+                };
+                let report = local::undo_adoption(&config, copy.as_deref(), agreed).await?;
+                show(&target, &report, table::fields)
+            }
+        },
+        Command::Adopt { target, .. } => match way(&target)? {
             Way::Server(_) => {
                 Err(Failure::Refused("a server runs on this database: it is adopted already".to_owned()))
             }
@@ -477,6 +538,27 @@ async fn execute(command: Command) -> Result<(), Failure> {
                 show(&target, &report, table::fields)
             }
         },
+        Command::Seal(SealCommand::Rotate { new_passphrase_file, to_file, yes, target }) => {
+            let choice = match new_passphrase_file {
+                Some(path) => SealChoice::Passphrase(first_line(&path)?),
+                None if to_file => SealChoice::File,
+                None => SealChoice::Another,
+            };
+            match way(&target)? {
+                Way::Server(_) => {
+                    Err(Failure::Refused("stop the server before its seal is rotated".to_owned()))
+                }
+                Way::InProcess(config) => {
+                    if !yes {
+                        ask(
+                            "seal every private key under another key; a backup made until now needs the former one",
+                        )?;
+                    }
+                    let report = local::rotate_seal(&config, choice).await?;
+                    show(&target, &report, table::fields)
+                }
+            }
+        }
         Command::Database(DatabaseCommand::Copy { to, target }) => {
             let destination = DatabaseUrl::parse(&to)
                 .map_err(|_| Failure::Usage("--to is neither a sqlite: nor a postgres: URL".to_owned()))?;
@@ -863,6 +945,12 @@ async fn settle(yes: bool, break_agents: bool, target: &Target) -> Result<(), Fa
 }
 
 /// Asks whether to do what the question says.
+fn first_line(path: &Path) -> Result<String, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Failure::because(format!("{} cannot be read", path.display()), error))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
 fn ask(question: &str) -> Result<(), Failure> {
     let mut out = std::io::stderr();
     let mut answer = String::new();

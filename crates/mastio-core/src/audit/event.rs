@@ -91,6 +91,8 @@ event_types! {
     DeployCreated = "deploy.created",
     /// A new deployment got its name and its first operator.
     DeploySetUp = "deploy.set_up",
+    /// Everything was sealed under another key.
+    DeploySealRotated = "deploy.seal_rotated",
     /// A deployment was copied to another database.
     DeployCopied = "deploy.copied",
     /// Somebody asked for an agent's identity, with a key of their own.

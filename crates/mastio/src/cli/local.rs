@@ -4,13 +4,14 @@
 //! boot would find and finish is found and finished here too. Each function answers with the JSON of its HTTP twin.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 
 use super::Failure;
-use crate::app::{self, Deploy};
+use crate::app::{self, Deploy, SealChoice};
 use crate::audit::{self, Filter};
 use crate::clock::SystemClock;
 use crate::config::Config;
@@ -23,6 +24,7 @@ use crate::http::limits::RateLimit;
 use crate::operators::Operators;
 use crate::pki::bootstrap;
 use crate::pki::revocation::Revocation;
+use crate::store::adopt::undo::Undoing;
 use crate::store::{DatabaseUrl, Store, StoreError, adopt, copy};
 use crate::tokens::resource_servers::{self, ResourceServer, created_json};
 use crate::updates::doctor::Known;
@@ -459,6 +461,35 @@ pub async fn check_adoption(config: &Config) -> Result<Value, Failure> {
             "adoptable": true, "org_id": found.org_id, "agents": found.agents, "audit_break": found.audit_break,
         }),
     })
+}
+
+/// Puts the predecessor's database back; `agreed` is asked once it is known what would be lost.
+pub(super) async fn undo_adoption(
+    config: &Config,
+    copy: Option<&Path>,
+    agreed: impl FnOnce(&Undoing) -> Result<(), Failure>,
+) -> Result<Value, Failure> {
+    exists(config)?;
+    app::undo_adoption(config, copy, agreed).await
+}
+
+/// Seals everything under another key.
+pub(super) async fn rotate_seal(config: &Config, choice: SealChoice) -> Result<Value, Failure> {
+    exists(config)?;
+    let mut rotated = app::rotate_seal(config, choice, ACTOR).await?;
+    let (kept, next) = if rotated["to"] == "passphrase" {
+        (rotated["from"] == "file", "start with MCP_PROXY_DB_ENCRYPTION_KEY set to the new passphrase")
+    } else {
+        (rotated["from"] == "file", "start without MCP_PROXY_DB_ENCRYPTION_KEY, and back seal.key up")
+    };
+    if let Some(report) = rotated.as_object_mut() {
+        report.insert("next".to_owned(), json!(next));
+        if kept {
+            let former = "seal.key.former opens the backups made until now: keep it with them, or delete it";
+            report.insert("former_key".to_owned(), json!(former));
+        }
+    }
+    Ok(rotated)
 }
 
 /// Copies every table into `destination`, which must be empty.

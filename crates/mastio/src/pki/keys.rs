@@ -178,6 +178,17 @@ impl SealingKey {
         self.seal(to, self.open(from, sealed)?.as_bytes())
     }
 
+    /// Seals what this key opens under another one, for the same place. The clear text does not leave this module.
+    pub fn reseal(&self, new: &Self, place: &str, sealed: &str) -> Result<String, KeyError> {
+        new.seal(place, self.open(place, sealed)?.as_bytes())
+    }
+
+    /// Whether this is the same key: it opens what the other one seals.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        other.seal("the same key", b"").and_then(|sealed| self.open("the same key", &sealed)).is_ok()
+    }
+
     /// Whether two sealed values hold the same clear text, each read from its own place.
     pub fn same_clear_text(&self, one: (&str, &str), other: (&str, &str)) -> Result<bool, KeyError> {
         let (one, other) = (self.open(one.0, one.1)?, self.open(other.0, other.1)?);

@@ -15,6 +15,7 @@ pub mod error;
 pub mod http;
 pub mod keys;
 pub mod revocation;
+pub mod seal_rotation;
 pub mod sealing;
 pub mod store;
 pub mod tls;

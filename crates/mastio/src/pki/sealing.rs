@@ -10,6 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::keys::{KeyError, SealingKey};
+use super::seal_rotation;
 use crate::entropy::Entropy;
 use crate::store::{Query, StoreError, WriteTx};
 use crate::values;
@@ -24,17 +25,17 @@ const CHECK_TEXT: &[u8] = b"mastio";
 pub enum SealingError {
     /// The database is sealed under a passphrase and none was given.
     #[error(
-        "the keys in this database are sealed under a passphrase: set MCP_PROXY_DB_ENCRYPTION_KEY to the value they were sealed with"
+        "the keys in this database are sealed under a passphrase: set MCP_PROXY_DB_ENCRYPTION_KEY to the value they were sealed with (mastio seal rotate --to-file moves them under a seal.key)"
     )]
     PassphraseMissing,
     /// The passphrase is not the one.
     #[error(
-        "MCP_PROXY_DB_ENCRYPTION_KEY is not the passphrase that sealed this database: the Org CA, the intermediate, the token keys and every snapshot depend on it; set the former value"
+        "MCP_PROXY_DB_ENCRYPTION_KEY is not the passphrase that sealed this database: the Org CA, the intermediate, the token keys and every snapshot depend on it; set the former value; mastio seal rotate --new-passphrase-file FILE moves them under another"
     )]
     PassphraseWrong,
     /// The database is sealed under the file and a passphrase was given.
     #[error(
-        "the keys in this database are sealed under seal.key, not under MCP_PROXY_DB_ENCRYPTION_KEY: unset it"
+        "the keys in this database are sealed under seal.key, not under MCP_PROXY_DB_ENCRYPTION_KEY: unset it, or run mastio seal rotate, which moves them under it"
     )]
     PassphraseUnexpected,
     /// The file is not the one, or is gone.
@@ -71,8 +72,18 @@ pub async fn open(
             SealingKey::from_passphrase(passphrase, &salt)?
         }
         (_, Some(_)) => return Err(SealingError::PassphraseUnexpected),
-        (_, None) => SealingKey::from_file(&data_dir.join(SEAL_KEY_FILE))
-            .map_err(|error| SealingError::FileWrong(Some(error)))?,
+        (_, None) => {
+            let opens = |key: &SealingKey| key.open(CHECK_PLACE, &check).is_ok();
+            let present = SealingKey::from_file(&data_dir.join(SEAL_KEY_FILE));
+            match present {
+                Ok(key) if opens(&key) => key,
+                // A rotation was committed, and ended before its file was in its place.
+                present => match seal_rotation::next_key(data_dir).filter(opens) {
+                    Some(next) => next,
+                    None => present.map_err(|error| SealingError::FileWrong(Some(error)))?,
+                },
+            }
+        }
     };
     match key.open(CHECK_PLACE, &check) {
         Ok(_) => Ok(Some(key)),

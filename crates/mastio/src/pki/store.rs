@@ -28,6 +28,12 @@ pub mod config_key {
     pub const MASTIO_CA_KEY: &str = "mastio_ca_key";
 }
 
+/// Takes away the certificates of the token keys, whose issuer is no more. The keys stay.
+pub async fn forget_token_certificates(tx: &mut WriteTx) -> Result<(), PkiError> {
+    tx.execute("UPDATE mastio_keys SET cert_pem = NULL WHERE cert_pem IS NOT NULL", &[]).await?;
+    Ok(())
+}
+
 /// Where a value of `proxy_config` lies, for sealing.
 #[must_use]
 pub fn config_place(key: &str) -> String {

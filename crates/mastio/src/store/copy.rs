@@ -386,7 +386,7 @@ pub enum CopyError {
     TargetNotEmpty,
     /// The keys are sealed under a file that the target's replicas would not have.
     #[error(
-        "this deploy is sealed under seal.key: with PostgreSQL it must be sealed under MCP_PROXY_DB_ENCRYPTION_KEY"
+        "this deploy is sealed under seal.key: with PostgreSQL it must be sealed under MCP_PROXY_DB_ENCRYPTION_KEY; set it and run mastio seal rotate"
     )]
     SealedUnderFile,
     /// A database.

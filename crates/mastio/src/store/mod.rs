@@ -220,6 +220,12 @@ impl Store {
         &self.clock
     }
 
+    /// Where random names and identifiers come from.
+    #[must_use]
+    pub fn entropy(&self) -> &Arc<Entropy> {
+        &self.entropy
+    }
+
     /// The file, where the database is SQLite.
     #[must_use]
     pub fn sqlite_path(&self) -> Option<&Path> {

@@ -10,7 +10,7 @@ use super::migration::FleetAfter;
 /// Dies here if the environment names this point in `MASTIO_CRASH_AT`. Waits here, if it names it in `MASTIO_HOLD_AT`,
 /// for as long as the file `MASTIO_HOLD_FILE` exists.
 #[cfg(feature = "crash-points")]
-pub(super) fn crash_point(name: &str) {
+pub(crate) fn crash_point(name: &str) {
     if std::env::var("MASTIO_CRASH_AT").is_ok_and(|at| at == name) {
         std::process::abort();
     }
@@ -45,7 +45,7 @@ pub(super) fn broken_migration() -> Option<String> {
 
 /// Nothing.
 #[cfg(not(feature = "crash-points"))]
-pub(super) fn crash_point(_name: &str) {}
+pub(crate) fn crash_point(_name: &str) {}
 
 /// What the migration made.
 #[cfg(not(feature = "crash-points"))]

@@ -881,6 +881,10 @@ impl Run<'_> {
             match (cell.sealed, image.restored()) {
                 (_, None) => {
                     tx.execute("DELETE FROM proxy_config WHERE key = $1", values![cell.row_key]).await?;
+                    if cell.row_key == config_key::MASTIO_CA_CERT {
+                        // There was none before: what the token keys' certificates stand under is gone with it.
+                        pki_rows::forget_token_certificates(&mut tx).await?;
+                    }
                 }
                 (true, Some(sealed)) => {
                     let side = if image.restore.is_some() { "restore" } else { "before" };

@@ -11,7 +11,7 @@
 //! left. What stands in the database after a commit is judged by [`stored`].
 
 pub mod approval;
-mod crash;
+pub(crate) mod crash;
 pub mod detector;
 pub mod doctor;
 mod engine;

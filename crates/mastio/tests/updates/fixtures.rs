@@ -417,6 +417,28 @@ fn assert_snapshot_in_file_restored(fixture: &str, restored: &PkiState) {
     }
 }
 
+/// What stands under an intermediate that is gone serves nobody, and misleads whoever reads it.
+#[test]
+fn a_rollback_that_takes_the_intermediate_away_takes_the_token_key_s_certificate_too() {
+    let deploy = Deploy::of("v01_no_intermediate");
+    let server = deploy.start();
+    let keys = || deploy.rows("SELECT kid, cert_pem FROM mastio_keys");
+    let has_certificate = |keys: &[serde_json::Value]| keys.iter().any(|key| !key["cert_pem"].is_null());
+    assert_eq!(server.apply().status, 200);
+    let applied = keys();
+    assert!(has_certificate(&applied), "{applied:?}");
+    assert_eq!(server.rollback().status, 200);
+    let rolled_back = keys();
+    assert!(!has_certificate(&rolled_back), "{rolled_back:?}");
+    assert_eq!(rolled_back[0]["kid"], applied[0]["kid"], "the key itself stays");
+    // The next intermediate certifies it anew.
+    deploy.execute(&format!("DELETE FROM pending_updates WHERE migration_id = '{MIGRATION}'"));
+    server.stop();
+    let server = deploy.start();
+    assert_eq!(server.apply().status, 200);
+    assert!(has_certificate(&keys()));
+}
+
 #[test]
 fn every_fixture_does_what_its_table_says_on_both_databases() {
     let walks: Vec<_> = CASES.iter().flat_map(|case| On::BOTH.map(|on| (case, on))).collect();

@@ -4,7 +4,7 @@
 //! judge what an apply made; [`contract`] is what every migration meets, [`repairs`] what each does; [`crashes`] kills
 //! the process at every phase over a large fleet; [`fence`] engages the halt under load; [`rows`] lists every row of
 //! every database; [`refusals`] asks wrongly; [`rehearsal`] plans and holds runs to plans; [`progress`] watches them;
-//! [`doctor`] has what was left explained; [`faults`] takes away what a run stands on; [`properties`] walks random histories; [`settle`] ends the trust overlap. [`server`] starts the binary, [`state`] reads what it left behind.
+//! [`doctor`] has what was left explained; [`faults`] takes away what a run stands on; [`properties`] walks random histories; [`settle`] ends the trust overlap; [`seal`] moves everything under another key. [`server`] starts the binary, [`state`] reads what it left behind.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod chains;
@@ -26,6 +26,7 @@ mod rehearsal;
 mod repairs;
 mod replicas;
 mod rows;
+mod seal;
 mod server;
 mod settle;
 mod state;

@@ -93,8 +93,13 @@ impl Deploy {
     }
 
     /// Sealed under a passphrase instead of a key file.
-    pub fn with_passphrase(mut self) -> Self {
-        self.passphrase = Some(PASSPHRASE);
+    pub fn with_passphrase(self) -> Self {
+        self.with_passphrase_of(Some(PASSPHRASE))
+    }
+
+    /// Started with that passphrase, or with none.
+    pub fn with_passphrase_of(mut self, passphrase: Option<&'static str>) -> Self {
+        self.passphrase = passphrase;
         self
     }
 

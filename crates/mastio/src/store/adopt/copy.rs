@@ -25,6 +25,10 @@ const CHUNK_BYTES: usize = 1024 * 1024;
 /// A chunk as sealed: nonce and tag come on top.
 const SEALED_CHUNK_BYTES_MAX: usize = CHUNK_BYTES + 64;
 const HEADER_BYTES_MAX: usize = 4096;
+/// What stands between the database's name and the time in a copy's.
+pub(super) const COPY_INFIX: &str = ".before-mastio-";
+/// What a copy's name ends with.
+pub(super) const COPY_SUFFIX: &str = ".sealed";
 
 /// What stands in clear at the front of a copy.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -94,15 +98,9 @@ pub(super) fn seal(
     entropy: &Entropy,
 ) -> Result<String, AdoptError> {
     // Under another name until it is whole: a file of the final name is a copy that can be relied on.
-    remove_stale(part)?;
     let written = |source| AdoptError::copy(part, source);
-    let header =
-        CopyHeader { copy_id: entropy.text::<16>(), sealing_source: source.0, sealing_salt: source.1 };
-    let header_json = serde_json::to_vec(&header).map_err(|error| written(error.into()))?;
     let mut reader = File::open(clear).map_err(|source| AdoptError::copy(clear, source))?;
-    let mut writer =
-        Hashing { file: BufWriter::new(private_file(part).map_err(written)?), hash: Context::new(&SHA256) };
-    writer.write(MAGIC).and_then(|()| writer.write_block(&header_json)).map_err(written)?;
+    let (header, mut writer) = Hashing::begin(part, source, entropy)?;
     let read = |reader: &mut File| -> Result<Zeroizing<Vec<u8>>, AdoptError> {
         let mut chunk = Zeroizing::new(Vec::with_capacity(CHUNK_BYTES));
         let limit = u64::try_from(CHUNK_BYTES).unwrap_or(u64::MAX);
@@ -120,17 +118,74 @@ pub(super) fn seal(
         }
         (chunk, index) = (next, index + 1);
     }
-    let Hashing { file, hash } = writer;
-    let file = file.into_inner().map_err(|error| written(error.into_error()))?;
-    file.sync_all().map_err(written)?;
+    let sha256 = writer.finish().map_err(written)?;
     std::fs::rename(part, target)
         .and_then(|()| sync_folder(target))
         .map_err(|source| AdoptError::copy(target, source))?;
-    Ok(hex(hash.finish().as_ref()))
+    Ok(sha256)
+}
+
+/// Seals a copy under another key into `target`, durable when this returns. Tells the SHA-256 of `target`, lowercase hex.
+///
+/// `source` is what the header says of the new key: where it comes from, and its salt. The clear text touches no disk.
+/// Errors: those of [`open_copy`].
+pub fn reseal_copy(
+    copy: &Path,
+    target: &Path,
+    former: &SealingKey,
+    new: &SealingKey,
+    source: (String, Option<String>),
+    entropy: &Entropy,
+) -> Result<String, AdoptError> {
+    let written = |source| AdoptError::copy(target, source);
+    let mut opened = Opened::begin(copy)?;
+    let (header, mut writer) = Hashing::begin(target, source, entropy)?;
+    let mut block = opened.block(SEALED_CHUNK_BYTES_MAX)?.ok_or(opened.damaged("no chunk"))?;
+    let mut index = 0u64;
+    loop {
+        let next = opened.block(SEALED_CHUNK_BYTES_MAX)?;
+        let last = next.is_none();
+        let clear = former.open_bytes(&opened.header.place(index, last), &block)?;
+        writer.write_block(&new.seal_bytes(&header.place(index, last), &clear)?).map_err(written)?;
+        let Some(next) = next else { break };
+        (block, index) = (next, index + 1);
+    }
+    let sha256 = writer.finish().map_err(written)?;
+    sync_folder(target).map_err(written)?;
+    Ok(sha256)
+}
+
+/// Whether `key` is the one that a copy is sealed under, as its first chunk tells.
+#[must_use]
+pub fn copy_opens(copy: &Path, key: &SealingKey) -> bool {
+    let opens = || -> Result<bool, AdoptError> {
+        let mut opened = Opened::begin(copy)?;
+        let block = opened.block(SEALED_CHUNK_BYTES_MAX)?.ok_or(opened.damaged("no chunk"))?;
+        let last = opened.block(SEALED_CHUNK_BYTES_MAX)?.is_none();
+        Ok(key.open_bytes(&opened.header.place(0, last), &block).is_ok())
+    };
+    opens().unwrap_or(false)
+}
+
+/// The sealed copies beside a database, the oldest first.
+pub fn copies(database: &Path) -> Result<Vec<PathBuf>, AdoptError> {
+    let folder = database.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let begin = format!("{}{COPY_INFIX}", database.file_name().unwrap_or_default().to_string_lossy());
+    let unreadable = |source| AdoptError::copy(folder, source);
+    let mut copies = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(&begin) && name.ends_with(COPY_SUFFIX) {
+            copies.push(entry.path());
+        }
+    }
+    copies.sort();
+    Ok(copies)
 }
 
 /// Makes a name in the folder of `path` durable.
-fn sync_folder(path: &Path) -> std::io::Result<()> {
+pub(super) fn sync_folder(path: &Path) -> std::io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(folder)?.sync_all()
 }
@@ -141,6 +196,30 @@ struct Hashing {
 }
 
 impl Hashing {
+    /// Begins a copy at `path`, in place of what lies there, with a header of its own.
+    fn begin(
+        path: &Path,
+        source: (String, Option<String>),
+        entropy: &Entropy,
+    ) -> Result<(CopyHeader, Self), AdoptError> {
+        remove_stale(path)?;
+        let written = |source| AdoptError::copy(path, source);
+        let header =
+            CopyHeader { copy_id: entropy.text::<16>(), sealing_source: source.0, sealing_salt: source.1 };
+        let header_json = serde_json::to_vec(&header).map_err(|error| written(error.into()))?;
+        let file = BufWriter::new(private_file(path).map_err(written)?);
+        let mut writer = Self { file, hash: Context::new(&SHA256) };
+        writer.write(MAGIC).and_then(|()| writer.write_block(&header_json)).map_err(written)?;
+        Ok((header, writer))
+    }
+
+    /// Makes everything durable, and tells its SHA-256, lowercase hex.
+    fn finish(self) -> std::io::Result<String> {
+        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        Ok(hex(self.hash.finish().as_ref()))
+    }
+
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.hash.update(bytes);
         self.file.write_all(bytes)

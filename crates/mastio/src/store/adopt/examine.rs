@@ -209,6 +209,13 @@ async fn token_keys(tx: &mut impl Query) -> Result<(), AdoptError> {
 }
 
 async fn snapshots(tx: &mut impl Query) -> Result<Vec<Snapshot>, AdoptError> {
+    /// The predecessor wrote a whole fleet as one text, which has to be read as one: 150 MB for 100,000 agents.
+    const SNAPSHOT_CHARACTERS_MAX: i64 = 512 * 1024 * 1024;
+    if let Some(found) = store::largest_backup(tx).await?.filter(|found| *found > SNAPSHOT_CHARACTERS_MAX) {
+        let why =
+            format!("a snapshot of {found} characters, where {SNAPSHOT_CHARACTERS_MAX} are read at most");
+        return Err(AdoptError::not_understood("migration_state_backups/snapshot_json", why));
+    }
     let mut snapshots = Vec::new();
     for row in store::backups(tx).await? {
         let place = format!("migration_state_backups/{}/snapshot_json", row.migration_id);

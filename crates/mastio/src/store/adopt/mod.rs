@@ -22,6 +22,7 @@ mod locks;
 mod store;
 #[cfg(test)]
 mod tests;
+pub mod undo;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,11 +31,12 @@ use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixMicros;
 use serde_json::json;
 
-pub use copy::{CopyHeader, copy_header, open_copy};
+pub use copy::{CopyHeader, copies, copy_header, copy_opens, open_copy, reseal_copy};
 pub use error::AdoptError;
 
 use self::copy::ClearCopy;
 use self::store::Owner;
+pub use self::store::set_snapshot;
 use super::{Store, StoreError, WriteTx, schema};
 use crate::entropy::Entropy;
 use crate::pki::sealing;
@@ -248,7 +250,7 @@ impl Files {
         Self {
             clear: data_dir.join(CLEAR_COPY_FILE),
             part: beside(".before-mastio.part"),
-            sealed: beside(&format!(".before-mastio-{stamp}.sealed")),
+            sealed: beside(&format!("{}{stamp}{}", copy::COPY_INFIX, copy::COPY_SUFFIX)),
         }
     }
 }

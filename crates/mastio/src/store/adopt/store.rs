@@ -116,6 +116,22 @@ pub(super) struct BackupRow {
     pub status: Option<String>,
 }
 
+/// Writes the descriptor of a snapshot.
+pub async fn set_snapshot(tx: &mut WriteTx, migration_id: &str, descriptor: &str) -> Result<(), StoreError> {
+    tx.execute(
+        "UPDATE migration_state_backups SET snapshot_json = $2 WHERE migration_id = $1",
+        values![migration_id, descriptor],
+    )
+    .await
+    .map(drop)
+}
+
+/// Characters of the largest snapshot; absent where there is none.
+pub(super) async fn largest_backup(tx: &mut impl Query) -> Result<Option<i64>, StoreError> {
+    let row = tx.row("SELECT MAX(LENGTH(snapshot_json)) FROM migration_state_backups", &[]).await?;
+    Ok(row.map(|row| row.optional_integer(0)).transpose()?.flatten())
+}
+
 /// Every snapshot. The predecessor knows one migration, so there is one at most.
 pub(super) async fn backups(tx: &mut impl Query) -> Result<Vec<BackupRow>, StoreError> {
     tx.rows(
@@ -134,19 +150,6 @@ pub(super) async fn backups(tx: &mut impl Query) -> Result<Vec<BackupRow>, Store
         })
     })
     .collect()
-}
-
-pub(super) async fn set_snapshot(
-    tx: &mut WriteTx,
-    migration_id: &str,
-    descriptor: &str,
-) -> Result<(), StoreError> {
-    tx.execute(
-        "UPDATE migration_state_backups SET snapshot_json = $2 WHERE migration_id = $1",
-        values![migration_id, descriptor],
-    )
-    .await
-    .map(drop)
 }
 
 /// A private key as it lies in clear, with the key of its row.

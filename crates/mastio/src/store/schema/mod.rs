@@ -25,7 +25,7 @@ mod s0017_dashboard_lists;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use super::{Query as _, Store, StoreError, WriteTx};
+use super::{Query, Store, StoreError, WriteTx};
 use crate::values;
 
 /// One change of the tables.
@@ -131,11 +131,20 @@ pub async fn is_ours(store: &Store) -> Result<bool, StoreError> {
 
 /// Whether a table of this name exists.
 pub async fn has_table(store: &Store, table: &'static str) -> Result<bool, StoreError> {
-    let mut tx = store.read().await?;
-    let sql = if store.sqlite_path().is_some() {
-        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = $1"
-    } else {
+    exists(&mut store.read().await?, store.sqlite_path().is_none(), table).await
+}
+
+/// The same in a transaction that is under way.
+pub async fn has_table_in(tx: &mut WriteTx, table: &'static str) -> Result<bool, StoreError> {
+    let postgres = tx.is_postgres();
+    exists(tx, postgres, table).await
+}
+
+async fn exists(tx: &mut impl Query, postgres: bool, table: &'static str) -> Result<bool, StoreError> {
+    let sql = if postgres {
         "SELECT 1::bigint FROM information_schema.tables WHERE table_schema = current_schema() AND table_name = $1"
+    } else {
+        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = $1"
     };
     Ok(tx.row(sql, values![table]).await?.is_some())
 }

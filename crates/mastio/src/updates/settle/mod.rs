@@ -23,7 +23,7 @@ use super::store as updates_rows;
 use super::{Updates, registry, shown};
 use crate::pki::Authority;
 use crate::pki::store::hex;
-use crate::store::{Query, WriteTx};
+use crate::store::{Query, WriteTx, adopt};
 use store as rows;
 
 /// Agents that one list names.
@@ -356,7 +356,7 @@ async fn end_rollbacks(tx: &mut WriteTx, now: UnixTime) -> Result<Vec<String>, U
     for migration_id in &ended {
         let Some(mut descriptor) = updates_rows::snapshot(tx, migration_id).await? else { continue };
         descriptor.settled_at = Some(now.to_rfc3339());
-        rows::set_descriptor(tx, migration_id, &json!(descriptor).to_string()).await?;
+        adopt::set_snapshot(tx, migration_id, &json!(descriptor).to_string()).await?;
     }
     Ok(ended)
 }

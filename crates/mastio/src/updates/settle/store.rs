@@ -155,20 +155,6 @@ pub(super) async fn forget_former(tx: &mut WriteTx) -> Result<u64, StoreError> {
     Ok(former)
 }
 
-/// Marks a snapshot as one that no rollback goes back to, and writes its descriptor.
-pub(super) async fn set_descriptor(
-    tx: &mut WriteTx,
-    migration_id: &str,
-    descriptor: &str,
-) -> Result<(), StoreError> {
-    tx.execute(
-        "UPDATE migration_state_backups SET snapshot_json = $2 WHERE migration_id = $1",
-        values![migration_id, descriptor],
-    )
-    .await
-    .map(drop)
-}
-
 /// Destroys the private keys in the images of every run. No run is under way.
 pub(super) async fn destroy_sealed_images(tx: &mut WriteTx) -> Result<(), StoreError> {
     tx.execute("UPDATE update_images SET before = NULL, restore = NULL, after = NULL WHERE sealed = 1", &[])
