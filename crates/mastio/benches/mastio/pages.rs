@@ -1,7 +1,7 @@
 //! How long each page of the dashboard takes on a large deploy: a hundred thousand agents, a million audit events.
 //!
-//! The rows are copies, written by SQL into a stopped deploy: their hashes do not chain and their certificates are one
-//! agent's, which no list looks at. A time is from the request's first byte to the answer's last one, TLS included. The
+//! The rows are copies, written by SQL into a stopped deploy: their hashes do not chain, their certificate is one agent's,
+//! and when it ends is made up. A time is from the request's first byte to the answer's last one, TLS included. The
 //! two pages that compute a plan are left out: they do what an apply does, which is measured as such.
 
 use std::fmt::Write as _;
@@ -124,7 +124,7 @@ fn fill(deploy: &Deploy, agents: u32, events: u32) -> Result<(), Failure> {
          SELECT printf('acme::bulk-%06d', i), printf('Bulk %d', i), m.capabilities, m.cert_pem, m.created_at, i % 50 > 0, 'connector', 'agent'
          FROM numbers, (SELECT * FROM internal_agents WHERE agent_id = '{MODEL}') m WHERE i <= {agents};
          INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after)
-         SELECT printf('acme::bulk-%06d', i), lower(hex(randomblob(32))), lower(hex(randomblob(32))), lower(hex(randomblob(16))),
+         SELECT printf('acme::bulk-%06d', i), m.fingerprint, m.spki_sha256, m.serial,
          m.issuer_key_id, unixepoch() + i * (365 * 86400 / {agents})
          FROM numbers, (SELECT * FROM agent_certificates WHERE agent_id = '{MODEL}') m WHERE i <= {agents};
          INSERT INTO audit_events (seq, id, timestamp, event_type, actor, details, prev_hash, hash)

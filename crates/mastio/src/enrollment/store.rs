@@ -61,6 +61,8 @@ pub async fn page(tx: &mut impl Query, after: &str, limit: i64) -> Result<Vec<Ag
 }
 
 /// A page of active agents whose certificate ends before an instant, after an id.
+///
+/// The `+` and the `|| ''` keep SQLite on the index of ends: by that of states or ids it would look at the whole fleet.
 pub async fn page_expiring(
     tx: &mut impl Query,
     before: UnixTime,
@@ -72,7 +74,7 @@ pub async fn page_expiring(
          a.principal_type, a.previous_cert_pem, a.previous_dpop_jkt, a.previous_grace_period_expires_at, a.federated, \
          a.created_at, (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = a.agent_id) \
          FROM agent_certificates c JOIN internal_agents a ON a.agent_id = c.agent_id \
-         WHERE c.not_after < $1 AND a.is_active = 1 AND a.agent_id > $2 ORDER BY a.agent_id LIMIT $3",
+         WHERE c.not_after < $1 AND +a.is_active = 1 AND a.agent_id || '' > $2 ORDER BY a.agent_id || '' LIMIT $3",
         values![before.0, after, limit],
     )
     .await?
@@ -101,14 +103,14 @@ pub async fn page_by_state(
     .collect()
 }
 
-/// How many active agents' certificates have ended or end soon.
+/// How many active agents' certificates have ended or end soon. The `+` is that of [`page_expiring`].
 pub async fn expiring(tx: &mut impl Query, now: UnixTime) -> Result<Expiring, StoreError> {
     let row = tx
         .row(
             "SELECT COUNT(CASE WHEN c.not_after < $1 THEN 1 END), \
              COUNT(CASE WHEN c.not_after >= $1 AND c.not_after < $2 THEN 1 END), \
              COUNT(CASE WHEN c.not_after >= $1 THEN 1 END) FROM agent_certificates c \
-             JOIN internal_agents a ON a.agent_id = c.agent_id WHERE c.not_after < $3 AND a.is_active = 1",
+             JOIN internal_agents a ON a.agent_id = c.agent_id WHERE c.not_after < $3 AND +a.is_active = 1",
             values![now.0, now.plus(7 * 86_400).0, now.plus(30 * 86_400).0],
         )
         .await?;
