@@ -405,6 +405,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         peers: gateway::Peers::default(),
         underway: gateway::Underway::default(),
         schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
+        rules: arc_swap::ArcSwap::default(),
         tool_limits: RateLimit::per_minute(0),
         urls: urls.clone(),
         metrics: Arc::clone(&metrics),

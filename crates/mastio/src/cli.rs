@@ -6,6 +6,7 @@
 
 mod admin;
 mod fleet;
+mod gateway;
 mod local;
 pub(crate) mod remote;
 mod resource_servers;
@@ -90,6 +91,15 @@ enum Command {
     /// Work with certificates.
     #[command(subcommand)]
     Pki(PkiCommand),
+    /// Register MCP servers and look at what they offer.
+    #[command(subcommand)]
+    Upstreams(gateway::UpstreamsCommand),
+    /// Approve, block and bind tools, and say who may call what.
+    #[command(subcommand)]
+    Tools(gateway::ToolsCommand),
+    /// Save and test the policies that calls of tools go through.
+    #[command(subcommand)]
+    Policy(gateway::PolicyCommand),
     /// Give services beside this one a credential to ask about access tokens with.
     #[command(subcommand)]
     ResourceServers(ResourceServersCommand),
@@ -472,7 +482,7 @@ async fn execute(command: Command) -> Result<(), Failure> {
             settle(yes, break_agents, &target).await
         }
         Command::Pki(PkiCommand::IssueByoca { csr, agent_name, target }) => {
-            let csr_pem = read_request(&csr)?;
+            let csr_pem = read_text(&csr, "the certificate request")?;
             let issued = match way(&target)? {
                 Way::Server(remote) => remote.issue_byoca(&agent_name, &csr_pem).await?,
                 Way::InProcess(config) => local::issue_byoca(&config, &agent_name, &csr_pem).await?,
@@ -481,6 +491,9 @@ async fn execute(command: Command) -> Result<(), Failure> {
                 issued["cert_pem"].as_str().unwrap_or_default().trim_end().to_owned()
             })
         }
+        Command::Upstreams(command) => gateway::upstreams(command).await,
+        Command::Tools(command) => gateway::tools(command).await,
+        Command::Policy(command) => gateway::policy(command).await,
         Command::ResourceServers(command) => resource_servers::run(command).await,
         Command::Admin(command) => admin::execute(command).await,
         Command::Pki(PkiCommand::Revoke { which, reason, target }) => {
@@ -895,13 +908,21 @@ pub(crate) async fn watched_change(
 
 /// Without a terminal `--yes` has to say it: a script must not change trust by accident.
 fn terminal(direction: Direction) -> Result<(), Failure> {
+    on_terminal(&format!("{} changes the trust of every agent", direction.as_str()), "--yes")
+}
+
+/// Refuses to ask where there is nobody to ask.
+fn on_terminal(why: &str, instead: &str) -> Result<(), Failure> {
     if std::io::stdin().is_terminal() && std::io::stderr().is_terminal() {
         return Ok(());
     }
-    let verb = direction.as_str();
-    Err(Failure::Usage(format!(
-        "{verb} changes the trust of every agent and there is no terminal to ask on: add --yes"
-    )))
+    Err(Failure::Usage(format!("{why} and there is no terminal to ask on: add {instead}")))
+}
+
+/// Shows on the terminal what is asked about.
+fn tell(text: &str) -> Result<(), Failure> {
+    writeln!(std::io::stderr(), "{text}")
+        .map_err(|error| Failure::because("the terminal cannot be written", error))
 }
 
 /// Asks on the terminal.
@@ -1018,20 +1039,18 @@ fn way(target: &Target) -> Result<Way, Failure> {
     }
 }
 
-fn read_request(path: &Path) -> Result<String, Failure> {
-    /// Bytes of a certificate request at most.
-    const REQUEST_BYTES_MAX: u64 = 64 * 1024;
-    let read = |source: &mut dyn std::io::Read| {
-        std::io::read_to_string(std::io::Read::take(source, REQUEST_BYTES_MAX))
-    };
+/// The text of a file, or of standard input for `-`.
+fn read_text(path: &Path, what: &str) -> Result<String, Failure> {
+    /// Bytes of what is read at most; every route takes less.
+    const TEXT_BYTES_MAX: u64 = 4 * 1024 * 1024;
+    let read =
+        |source: &mut dyn std::io::Read| std::io::read_to_string(std::io::Read::take(source, TEXT_BYTES_MAX));
     let text = if path.as_os_str() == "-" {
         read(&mut std::io::stdin())
     } else {
         std::fs::File::open(path).and_then(|mut file| read(&mut file))
     };
-    text.map_err(|error| {
-        Failure::because(format!("the certificate request {} cannot be read", path.display()), error)
-    })
+    text.map_err(|error| Failure::because(format!("{what} {} cannot be read", path.display()), error))
 }
 
 fn show(target: &Target, answer: &Value, for_people: impl Fn(&Value) -> String) -> Result<(), Failure> {

@@ -83,6 +83,11 @@ struct McpUpstream {
     upstream: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct McpPolicy {
+    policy: String,
+}
+
 /// What a certificate is for, in `cullis_certificate_not_after_seconds`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CertificateTier {
@@ -168,6 +173,7 @@ pub struct Metrics {
     recent: recent::Recent,
     mcp_calls: Family<McpCall, Counter>,
     mcp_call: Family<McpUpstream, Histogram>,
+    mcp_shadow_denials: Family<McpPolicy, Counter>,
 }
 
 impl Default for Metrics {
@@ -193,6 +199,7 @@ impl Metrics {
         let mcp_calls = Family::default();
         let mcp_call =
             Family::new_with_constructor((|| Histogram::new(REQUEST_BUCKETS_S)) as fn() -> Histogram);
+        let mcp_shadow_denials = Family::default();
         // A counter's name is given without `_total`: the exposition adds it.
         registry.register(
             "cullis_token_mint_seconds",
@@ -231,10 +238,16 @@ impl Metrics {
             "Time that upstream servers take for a call",
             mcp_call.clone(),
         );
+        registry.register(
+            "cullis_mcp_shadow_denials",
+            "Calls that a policy in shadow would have denied",
+            mcp_shadow_denials.clone(),
+        );
         Self {
             registry,
             mcp_calls,
             mcp_call,
+            mcp_shadow_denials,
             token_mint,
             tokens_issued,
             token_refusals,
@@ -276,6 +289,11 @@ impl Metrics {
             self.mcp_call.get_or_create(&of).observe(took.as_secs_f64());
         }
         self.mcp_calls.get_or_create(&McpCall { upstream, tool, outcome: outcome.to_owned() }).inc();
+    }
+
+    /// A call was allowed that this policy would have denied if it were not in shadow.
+    pub fn mcp_shadow_denied(&self, policy: &str) {
+        self.mcp_shadow_denials.get_or_create(&McpPolicy { policy: policy.to_owned() }).inc();
     }
 
     /// A request to `route` was answered.

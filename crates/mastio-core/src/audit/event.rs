@@ -143,6 +143,10 @@ event_types! {
     McpToolChanged = "mcp.tool_changed",
     /// An agent read a resource or a prompt, or asked an MCP server for something else than a tool.
     McpRequestForwarded = "mcp.request_forwarded",
+    /// A rule for calls of tools was saved.
+    McpPolicySaved = "mcp.policy_saved",
+    /// A rule for calls of tools was deleted.
+    McpPolicyDeleted = "mcp.policy_deleted",
     /// An agent ended its MCP session.
     McpSessionEnded = "mcp.session_ended",
     /// An agent presented an MCP session that is not its own, or over.

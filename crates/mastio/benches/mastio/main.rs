@@ -9,6 +9,7 @@ mod hold;
 mod load;
 mod machine;
 mod pages;
+mod policy;
 mod server;
 mod update;
 
@@ -19,6 +20,7 @@ use serde::Serialize;
 
 use load::Load;
 use machine::Machine;
+use policy::Policies;
 use server::Deploy;
 use update::Update;
 
@@ -54,6 +56,9 @@ struct Options {
     /// Only this: ask for twice what the server can serve, for so many seconds, and fail unless it holds
     #[arg(long, value_name = "SECONDS")]
     hold: Option<u64>,
+    /// Only decisions by policies
+    #[arg(long)]
+    only_policies: bool,
     /// One JSON object instead of tables
     #[arg(long)]
     json: bool,
@@ -68,6 +73,7 @@ struct Report {
     mints: Vec<Load>,
     logins: Vec<Load>,
     health: Vec<Load>,
+    policies: Vec<Policies>,
     updates: Vec<Update>,
     sizes_left_out: Vec<u32>,
     process: Vec<Process>,
@@ -107,6 +113,10 @@ fn main() -> Result<(), Failure> {
         }
         let faults = held.faults();
         return if faults.is_empty() { Ok(()) } else { Err(faults.join("; ").into()) };
+    }
+    if options.only_policies {
+        show_policies(&runtime.block_on(policy::measure())?);
+        return Ok(());
     }
     let report = runtime.block_on(report(&options))?;
     if options.json {
@@ -171,7 +181,17 @@ async fn report(options: &Options) -> Result<Report, Failure> {
         });
         server.stop()?;
     }
-    Ok(Report { machine, mints, logins, health, updates, sizes_left_out, process })
+    let policies = policy::measure().await?;
+    Ok(Report { machine, mints, logins, health, policies, updates, sizes_left_out, process })
+}
+
+fn show_policies(policies: &[Policies]) {
+    for set in policies {
+        println!(
+            "{} policies, {} ({} speak of the call): a decision {:.1} µs, the first {:.0} µs; compiled in {:.0} ms",
+            set.policies, set.about, set.speak_of_the_call, set.decision_us, set.first_us, set.compile_ms
+        );
+    }
 }
 
 fn show(report: &Report) {
@@ -224,6 +244,8 @@ fn show(report: &Report) {
     loads("mint", &report.mints, Some(machine.mints_by_cryptography_alone));
     loads("login", &report.logins, None);
     loads("/healthz", &report.health, None);
+    println!();
+    show_policies(&report.policies);
     let phases = |phases: &[(String, f64)]| {
         let shown: Vec<_> = phases.iter().map(|(phase, took)| format!("{phase} {took:.3}")).collect();
         shown.join(", ")

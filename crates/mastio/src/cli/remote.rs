@@ -239,6 +239,16 @@ impl Remote {
         self.send(Method::POST, path, &[], Some(body), Some(READ_TIMEOUT)).await
     }
 
+    /// Puts a JSON body at `path` below the server's URL.
+    pub async fn put(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
+        self.send(Method::PUT, path, &[], Some(body), Some(READ_TIMEOUT)).await
+    }
+
+    /// Changes what is at `path` below the server's URL by a JSON body.
+    pub async fn patch(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
+        self.send(Method::PATCH, path, &[], Some(body), Some(READ_TIMEOUT)).await
+    }
+
     /// Reads `path` below the server's URL.
     pub async fn get(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
         self.send(Method::GET, path, query, None, Some(READ_TIMEOUT)).await
@@ -367,9 +377,17 @@ impl Events {
     }
 }
 
-/// What an error answer says, in one line: `{"detail": "…"}` or `{"detail": {"reason", "message", "page"}}`.
+/// What an error answer says: `{"detail": "…"}`, `{"detail": {"reason", "message", "page"}}`, or a list of fields.
 pub(super) fn detail(answer: &Value) -> String {
     let detail = answer.get("detail").unwrap_or(answer);
+    if let Some(fields) = detail.as_array() {
+        let told = fields.iter().map(|field| match (field["loc"][1].as_str(), field["msg"].as_str()) {
+            (Some(name), Some(what)) => format!("{name} {what}"),
+            (None, Some(what)) => what.to_owned(),
+            _ => field.to_string(),
+        });
+        return told.collect::<Vec<_>>().join("; ");
+    }
     let text = |key: &str| detail[key].as_str();
     match (detail.as_str(), text("reason"), text("message")) {
         (Some(detail), _, _) => detail.to_owned(),

@@ -62,6 +62,142 @@ pub(super) fn agents(list: &Value) -> String {
     table.to_string()
 }
 
+/// A list as a table of these columns, `(header, member)`; `none` where it is empty.
+fn list(of: &Value, columns: &[(&str, &str)], none: &str) -> String {
+    if rows(of).next().is_none() {
+        return none.to_owned();
+    }
+    let mut table = table(&columns.iter().map(|(header, _)| *header).collect::<Vec<_>>());
+    for row in rows(of) {
+        table.add_row(columns.iter().map(|(_, member)| cell(&row[*member])));
+    }
+    table.to_string()
+}
+
+/// MCP servers.
+pub(super) fn upstreams(of: &Value) -> String {
+    let columns = [
+        ("upstream", "name"),
+        ("endpoint", "endpoint_url"),
+        ("credential", "auth_type"),
+        ("enabled", "enabled"),
+        ("revision", "revision"),
+        ("last looked at", "discovered_at"),
+        ("failed with", "discovery_error"),
+    ];
+    list(of, &columns, "no MCP server: register one with `mastio upstreams add`")
+}
+
+/// One MCP server with its tools.
+pub(super) fn upstream(of: &Value) -> String {
+    let mut server = of.clone();
+    let tools = server.as_object_mut().and_then(|server| server.remove("tools")).unwrap_or_default();
+    format!("{}\n{}", fields(&server), self::tools(&tools))
+}
+
+/// A server that was registered, and what was found there.
+pub(super) fn added_upstream(of: &Value) -> String {
+    let name = cell(&of["name"]);
+    match of["found"]["new"].as_array() {
+        Some(new) => {
+            let names = cell(&Value::Array(new.clone()));
+            format!(
+                "{name} is registered and offers {} tools: {names}\nnext: mastio tools approve TOOL",
+                new.len()
+            )
+        }
+        None => format!(
+            "{name} is registered, but looking at it failed: {}\nnext: mastio upstreams refresh {name}",
+            cell(&of["discovery_error"])
+        ),
+    }
+}
+
+/// Tools of MCP servers.
+pub(super) fn tools(of: &Value) -> String {
+    let columns = [
+        ("tool", "name"),
+        ("upstream", "upstream"),
+        ("standing", "standing"),
+        ("imitates", "imitates"),
+        ("capability", "required_capability"),
+        ("calls a minute", "calls_per_minute"),
+        ("approved by", "approved_by"),
+    ];
+    list(of, &columns, "no tools")
+}
+
+/// One tool: what its server says now, and how that differs from what was approved. A definition is data: it is shown as
+/// JSON, which escapes what could move a terminal's cursor.
+pub(super) fn tool(of: &Value) -> String {
+    let mut about = of.clone();
+    let found = about.as_object_mut().map(|about| {
+        about.remove("definition");
+        about.remove("differences");
+        about.remove("found")
+    });
+    let mut text = fields(&about);
+    let found = found.flatten().unwrap_or_default();
+    text.push_str("\nwhat the server says now:\n");
+    text.push_str(&plain(&serde_json::to_string_pretty(&found).unwrap_or_default()));
+    if !of["definition"].is_null() {
+        text.push_str(if rows(&of["differences"]).next().is_none() {
+            "\nwhich is what was approved"
+        } else {
+            "\nwhich differs from what was approved:"
+        });
+    }
+    for difference in rows(&of["differences"]) {
+        let (path, before, after) = (&difference["path"], &difference["before"], &difference["after"]);
+        text.push_str(&plain(&format!("\n  {}: {before} became {after}", cell(path))));
+    }
+    text
+}
+
+/// Without what could move the cursor or turn the writing: JSON escapes the control characters below U+0020 alone.
+fn plain(text: &str) -> String {
+    text.chars()
+        .map(|character| match character {
+            '\n' => character,
+            '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
+            control if control.is_control() => '\u{fffd}',
+            other => other,
+        })
+        .collect()
+}
+
+/// Who may call what, and why.
+pub(super) fn access(of: &Value) -> String {
+    let columns = [
+        ("agent", "agent_id"),
+        ("tool", "tool"),
+        ("may", "allowed"),
+        ("why", "reason"),
+        ("policies", "policies"),
+        ("depends on arguments", "depends_on_arguments"),
+    ];
+    list(of, &columns, "nobody is bound to anything")
+}
+
+const POLICY_COLUMNS: [(&str, &str); 6] = [
+    ("policy", "name"),
+    ("version", "version"),
+    ("mode", "mode"),
+    ("tool", "tool"),
+    ("saved", "saved_at"),
+    ("by", "saved_by"),
+];
+
+/// Policies.
+pub(super) fn policies(of: &Value) -> String {
+    list(of, &POLICY_COLUMNS, "no policies: what is bound is allowed")
+}
+
+/// Every version of one policy, and the text of the newest.
+pub(super) fn policy_versions(of: &Value) -> String {
+    format!("{}\n{}", list(of, &POLICY_COLUMNS, "no such policy"), cell(&of[0]["text"]).trim_end())
+}
+
 /// The list of revoked certificates.
 pub(super) fn revoked(list: &Value) -> String {
     if rows(list).next().is_none() {

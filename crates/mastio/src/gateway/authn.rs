@@ -96,6 +96,16 @@ impl Authenticate for TokenCallers {
         })
     }
 
+    fn agent<'a>(
+        &'a self,
+        agent_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>> {
+        Box::pin(async move {
+            let agent = self.tokens.agent(agent_id).await?.filter(|agent| agent.is_active);
+            Ok(agent.map(|agent| (agent.principal_type.clone(), agent.capabilities.clone())))
+        })
+    }
+
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>> {
         Box::pin(async move {
             self.tokens.pki().refresh().await?;

@@ -106,6 +106,18 @@ pub enum GatewayError {
         /// The older one.
         other: String,
     },
+    /// A rule forbids the call, or none of those that speak of it permits it.
+    #[error("Forbidden: denied by policy {}", .0.join(", "))]
+    PolicyDenied(Vec<String>),
+    /// Rules cannot be read or evaluated for the call, so nothing is allowed past them.
+    #[error("Forbidden: policy {} cannot be evaluated for this call", .0.join(", "))]
+    PolicyFailed(Vec<String>),
+    /// There is no such rule.
+    #[error("policy '{0}' not found")]
+    UnknownPolicy(String),
+    /// There are as many rules as there may be.
+    #[error("there are {0} policies already: delete one first")]
+    TooManyPolicies(usize),
     /// A definition cannot be used.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
@@ -155,7 +167,7 @@ impl GatewayError {
             Self::UnknownTool(_) | Self::NotOffered { .. } => code::UNKNOWN_TOOL,
             Self::TooOften(_) => code::UNREACHABLE,
             Self::NoBinding(_) => code::NO_BINDING,
-            Self::MissingCapability(_) => code::TOOL_ERROR,
+            Self::MissingCapability(_) | Self::PolicyDenied(_) | Self::PolicyFailed(_) => code::TOOL_ERROR,
             Self::Upstream(error) => error.code(),
             _ => return None,
         };
@@ -177,6 +189,8 @@ impl GatewayError {
             Self::NotOffered { standing: "gone", .. } => "tool_gone",
             Self::NotOffered { .. } => "tool_not_approved",
             Self::TooOften(_) => "too_often",
+            Self::PolicyDenied(_) => "policy_denied",
+            Self::PolicyFailed(_) => "policy_failed",
             Self::UnknownTool(_) => "unknown_tool",
             Self::NoBinding(_) => "no_binding",
             Self::MissingCapability(_) => "missing_capability",
@@ -210,15 +224,20 @@ impl Problem for GatewayError {
             | Self::Imitates { .. } => Kind::Unprocessable,
             Self::TooOften(_) => Kind::Limited,
             Self::Replayed | Self::Revoked | Self::StandingChanged => Kind::Unauthenticated,
-            Self::NoBinding(_) | Self::MissingCapability(_) => Kind::Denied,
+            Self::NoBinding(_)
+            | Self::MissingCapability(_)
+            | Self::PolicyDenied(_)
+            | Self::PolicyFailed(_) => Kind::Denied,
             Self::NameTaken(_)
             | Self::TooManyResources(_)
             | Self::AlreadyBound
+            | Self::TooManyPolicies(_)
             | Self::DefinitionMoved { .. } => Kind::Conflict,
             Self::UnknownTool(_)
             | Self::NotOffered { .. }
             | Self::UnknownResource
             | Self::UnknownUpstream(_)
+            | Self::UnknownPolicy(_)
             | Self::UnknownBinding => Kind::NotFound,
             Self::Upstream(_) | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
             Self::Store(error) => error.kind(),

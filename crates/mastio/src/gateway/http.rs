@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::access::Access;
 use super::peer::Listener;
+use super::policy::{NewRule, Rule};
 use super::protocol::SESSION_HEADER;
 use super::serve::{self, Answer, Answers, Asked};
 use super::servers::{Look, NewServer, Server, Tool};
@@ -55,6 +57,10 @@ pub fn routes(gateway: Arc<Gateway>) -> Router {
         .route("/v1/admin/mcp-tools/{tool}", get(get_tool).patch(update_tool))
         .route("/v1/admin/mcp-tools/{tool}/approve", post(approve_tool))
         .route("/v1/admin/mcp-tools/{tool}/block", post(block_tool))
+        .route("/v1/admin/mcp-policies", get(list_policies))
+        .route("/v1/admin/mcp-policies/test", post(test_policy))
+        .route("/v1/admin/mcp-policies/{policy}", get(get_policy).put(save_policy).delete(delete_policy))
+        .route("/v1/admin/mcp-access", get(list_access))
         .with_state(gateway)
 }
 
@@ -596,4 +602,79 @@ async fn update_tool(
     let tool =
         gateway.limit_tool(&admin.actor, &tool, body.required_capability, body.calls_per_minute).await?;
     Ok(axum::Json(tool_body(&tool, None)))
+}
+
+async fn list_policies(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+) -> Result<axum::Json<Vec<Rule>>, ApiError> {
+    Ok(axum::Json(gateway.list_rules().await?))
+}
+
+async fn get_policy(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    Path(policy): Path<String>,
+) -> Result<axum::Json<Vec<Rule>>, ApiError> {
+    Ok(axum::Json(gateway.rule_versions(&policy).await?))
+}
+
+async fn save_policy(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(policy): Path<String>,
+    Json(new): Json<NewRule>,
+) -> Result<axum::Json<Rule>, ApiError> {
+    Ok(axum::Json(gateway.save_rule(&admin.actor, context.now.seconds(), &policy, new).await?))
+}
+
+async fn delete_policy(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(policy): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    gateway.delete_rule(&admin.actor, context.now.seconds(), &policy).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TestPolicy {
+    agent_id: String,
+    tool: String,
+    arguments: Option<Value>,
+    /// A rule that is not saved, judged as if it were in force.
+    draft: Option<NewRule>,
+    #[serde(default = "draft_name")]
+    draft_name: String,
+}
+
+fn draft_name() -> String {
+    "draft".to_owned()
+}
+
+async fn test_policy(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    Json(test): Json<TestPolicy>,
+) -> Result<axum::Json<Access>, ApiError> {
+    let draft = test.draft.as_ref().map(|draft| (test.draft_name.as_str(), draft));
+    Ok(axum::Json(gateway.explain(&test.agent_id, &test.tool, test.arguments.as_ref(), draft).await?))
+}
+
+#[derive(Deserialize)]
+struct ListAccess {
+    agent_id: Option<String>,
+    tool: Option<String>,
+}
+
+async fn list_access(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    query: Result<Query<ListAccess>, QueryRejection>,
+) -> Result<axum::Json<Vec<Access>>, ApiError> {
+    let Query(query) = query.map_err(|error| ApiError::new(Kind::Unprocessable, error.body_text()))?;
+    Ok(axum::Json(gateway.access(query.agent_id.as_deref(), query.tool.as_deref()).await?))
 }

@@ -7,9 +7,10 @@
 //! 1. [`Authenticate`] turns the request's access token and DPoP proof into a [`Caller`].
 //! 2. The request says which revision of MCP it is written in ([`protocol`]), and which session it belongs to, where
 //!    that revision has sessions ([`session`]).
-//! 3. It is decided in one indexed read: is there such a tool, was it approved and does its server still say the same,
-//!    is the caller bound to it, does the caller have the capability it requires, do the arguments fit its schema.
-//!    Nothing is remembered between requests, so a change of a binding takes effect with the next one.
+//! 3. It is decided ([`access`]) in one indexed read: is there such a tool, was it approved and does its server still
+//!    say the same, is the caller bound to it, does the caller have the capability it requires, do the arguments fit its
+//!    schema. Of these nothing is remembered between requests, so a change of a binding takes effect with the next one.
+//!    Then the rules of [`policy`] are asked, which are compiled once for each epoch of the database.
 //! 4. The decision and the proof's identifier are made durable in one commit. A proof that was used before is
 //!    refused here, and so is a caller whose standing has changed meanwhile (judged once more, then refused).
 //! 5. Only then is the upstream server called ([`peer`], [`upstream`]), with headers of our own making. What it says
@@ -22,7 +23,11 @@
 //! connected to at an address that [`address`] does not admit. **Invariant:** what is not granted is denied, and
 //! not listed either. **Invariant:** agents are told no definition that an operator has not approved.
 
+mod access;
+#[cfg(test)]
+mod access_tests;
 mod address;
+mod arguments;
 mod authn;
 pub mod credential;
 pub mod definition;
@@ -30,6 +35,7 @@ mod error;
 mod http;
 pub(crate) mod jsonrpc;
 pub(crate) mod peer;
+mod policy;
 pub(crate) mod protocol;
 mod serve;
 #[cfg(test)]
@@ -46,6 +52,7 @@ pub(crate) mod upstream;
 
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use axum::http::request::Parts;
 use futures_util::future::BoxFuture;
 use mastio_core::audit::event::{Event, EventType};
@@ -54,12 +61,14 @@ use moka::future::Cache;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
+pub use access::{Access, Schema};
 pub use authn::TokenCallers;
 pub use error::{FieldProblem, GatewayError};
 pub use http::routes;
 use jsonrpc::{RpcError, code};
 pub use peer::Peers;
-pub use serve::{Schema, Underway};
+pub use policy::{Known, Mode, NewRule, Rule, Rules, Subject};
+pub use serve::Underway;
 use upstream::{Credential, Endpoint};
 pub use upstream::{Secrets, Upstream, UpstreamError};
 
@@ -123,6 +132,12 @@ pub trait Authenticate: Send + Sync {
         Box::pin(std::future::ready(error))
     }
 
+    /// The type and the capabilities of an active agent, for whoever asks what it may. Absent for nobody.
+    fn agent<'a>(
+        &'a self,
+        agent_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>>;
+
     /// Takes up the state that has moved since the last judgement. Called before the same request is judged again.
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>>;
 }
@@ -149,6 +164,8 @@ pub struct Gateway {
     pub underway: Underway,
     /// Schemas of tools' arguments, by the digest of the definition.
     pub schemas: Cache<String, Arc<Schema>>,
+    /// Rules for calls, compiled, as they were last seen.
+    pub rules: ArcSwap<Known>,
     /// How often an agent calls a tool.
     pub tool_limits: RateLimit,
     /// By which URLs a browser's request may come.

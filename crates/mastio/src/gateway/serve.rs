@@ -16,9 +16,11 @@ use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 
-use super::definition::{self, sha256_hex};
+use super::access::has_capability;
+use super::definition::sha256_hex;
 use super::jsonrpc::{self, Body, Call, Id, Message, RpcError, ToolCall, code};
 use super::peer::{Answered, Ask, Link, Listener, SessionKey, request_key};
+use super::policy::Rules;
 use super::protocol::{
     self, META_SERVER, NotThisRevision, PARAMETER_PREFIX, Revision, SESSION_HEADER, server_info,
 };
@@ -27,7 +29,7 @@ use super::session::{ReplyTo, Session};
 use super::store;
 use super::trace::Trace;
 use super::upstream::{CALL_TIMEOUT, Credential, Endpoint, Slot, UpstreamError};
-use super::{ARGUMENTS_BYTES_MAX, Caller, Gateway, GatewayError, RESOURCES_MAX, bare, canonical, event, set};
+use super::{Caller, Gateway, GatewayError, RESOURCES_MAX, bare, canonical, event, set};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _, chain};
 use crate::store::group::{Append, AppendError, OneUse};
@@ -556,9 +558,12 @@ impl Gateway {
         let bound = store::bound_tools(&mut tx, &self.org_id, &holder, RESOURCES_MAX).await?;
         let approved = store::bound_server_tools(&mut tx, &holder, RESOURCES_MAX).await?;
         drop(tx);
+        let rules = self.rules(Some(caller.epoch)).await?;
         let mut tools = Vec::with_capacity(bound.len() + approved.len());
         for tool in bound {
-            if has_capability(caller, tool.required_capability.as_deref()).is_err() {
+            if has_capability(caller, tool.required_capability.as_deref()).is_err()
+                || !self.may_ever(caller, &tool.name, "", &rules).await?
+            {
                 continue;
             }
             let input_schema = tool
@@ -573,9 +578,10 @@ impl Gateway {
             };
             tools.push((name, to_raw_value(&listed)?));
         }
-        for (tool, server_capability) in approved {
+        for (tool, server, server_capability) in approved {
             let may = has_capability(caller, tool.required_capability.as_deref()).is_ok()
-                && has_capability(caller, server_capability.as_deref()).is_ok();
+                && has_capability(caller, server_capability.as_deref()).is_ok()
+                && self.may_ever(caller, &tool.name, &server, &rules).await?;
             if let (true, true, Some(definition)) = (may, tool.is_offered(), tool.definition) {
                 let definition = RawValue::from_string(definition)?;
                 let name = to_raw_value(&tool.name)?;
@@ -619,11 +625,13 @@ impl Gateway {
             details.insert("upstream_id".to_owned(), json!(tool.upstream_id));
             details.insert("definition_digest".to_owned(), json!(tool.definition_digest));
         }
+        let rules = self.rules(Some(caller.epoch)).await?;
         let step = match approved {
             Some((tool, server)) => {
-                self.plan_approved(asked, caller, id, call, (tool, server), bound, &details).await
+                let of = (tool, server, bound);
+                self.plan_approved(asked, caller, id, call, of, &rules, &mut details).await
             }
-            None => match authorize(caller, call, resource) {
+            None => match self.plan_resource(caller, call, resource, &rules, &mut details).await {
                 Ok(tool) => self
                     .reach(&tool)
                     .map(|(endpoint, credential, slot)| {
@@ -684,39 +692,23 @@ impl Gateway {
         caller: &Caller,
         id: &Id,
         call: &ToolCall,
-        (tool, server): (Tool, Server),
-        bound: bool,
-        details: &Value,
+        (tool, server, bound): (Tool, Server, bool),
+        rules: &Rules,
+        details: &mut Value,
     ) -> Result<Step, GatewayError> {
-        if !bound {
-            // What was never approved does not exist for anybody.
-            return Err(match tool.standing() {
-                "proposed" => GatewayError::UnknownTool(call.name.clone()),
-                _ => GatewayError::NoBinding(call.name.clone()),
-            });
-        }
-        if !tool.is_offered() {
-            return Err(GatewayError::NotOffered { name: tool.name.clone(), standing: tool.standing() });
-        }
-        has_capability(caller, server.required_capability.as_deref())?;
-        has_capability(caller, tool.required_capability.as_deref())?;
-        fits(&call.arguments)?;
+        let of = (&tool, &server, bound);
+        let (verdict, schema, arguments) =
+            self.judge_tool(caller, &call.name, Some(&call.arguments), of, rules).await?;
+        self.settle(caller, &tool.name, verdict, details)?;
         let per_minute = tool.calls_per_minute.and_then(|calls| u32::try_from(calls).ok()).unwrap_or(0);
         let limited = format!("{} {}", tool.tool_id, caller.agent_id);
         if !self.tool_limits.admit_at(&limited, per_minute, asked.context.now) {
             return Err(GatewayError::TooOften(tool.name.clone()));
         }
-        let schema = self.schema(&tool).await?;
-        let arguments: Value = serde_json::from_str(call.arguments.get())?;
-        if let Some(error) = schema.validator.iter_errors(&arguments).next() {
-            let place = error.instance_path().to_string();
-            let text =
-                format!("{}{error}", if place.is_empty() { String::new() } else { format!("{place}: ") });
-            return Err(GatewayError::Arguments(jsonrpc::shorten(&text, 512).to_owned()));
-        }
         if protocol::named_revision(&asked.parts.headers)
             .is_ok_and(|named| named.is_some_and(Revision::is_stateless))
         {
+            let arguments = arguments.unwrap_or_default();
             protocol::check_parameters(&asked.parts.headers, &schema.value, &arguments)
                 .map_err(|NotThisRevision(error)| GatewayError::HeaderMismatch(error))?;
         }
@@ -740,6 +732,20 @@ impl Gateway {
             details: details.clone(),
             tool: Some(tool.name),
         })))
+    }
+
+    async fn plan_resource(
+        &self,
+        caller: &Caller,
+        call: &ToolCall,
+        found: Option<store::Tool>,
+        rules: &Rules,
+        details: &mut Value,
+    ) -> Result<store::Tool, GatewayError> {
+        let judged = self.judge_resource(caller, &call.name, Some(&call.arguments), found, rules).await;
+        let (verdict, tool) = judged?;
+        self.settle(caller, &call.name, verdict, details)?;
+        Ok(tool)
     }
 
     fn server_slot(&self, server: &Server) -> Result<Slot, UpstreamError> {
@@ -1248,41 +1254,6 @@ fn finished(
     Ok(jsonrpc::object(&members)?)
 }
 
-/// Decides whether the caller may make the call of a resource. What is not granted is denied.
-fn authorize(
-    caller: &Caller,
-    call: &ToolCall,
-    found: Option<store::Tool>,
-) -> Result<store::Tool, GatewayError> {
-    let tool = found.ok_or_else(|| GatewayError::UnknownTool(call.name.clone()))?;
-    if !tool.bound {
-        return Err(GatewayError::NoBinding(call.name.clone()));
-    }
-    has_capability(caller, tool.required_capability.as_deref())?;
-    fits(&call.arguments)?;
-    Ok(tool)
-}
-
-fn fits(arguments: &RawValue) -> Result<(), GatewayError> {
-    // Without its whitespace a text is no longer than with it.
-    if arguments.get().len() > ARGUMENTS_BYTES_MAX {
-        let found = jsonrpc::compact_bytes(arguments.get());
-        if found > ARGUMENTS_BYTES_MAX {
-            return Err(GatewayError::ArgumentsTooLarge { found, bytes_max: ARGUMENTS_BYTES_MAX });
-        }
-    }
-    Ok(())
-}
-
-fn has_capability(caller: &Caller, required: Option<&str>) -> Result<(), GatewayError> {
-    match required {
-        Some(required) if !caller.capabilities.iter().any(|held| held == required) => {
-            Err(GatewayError::MissingCapability(required.to_owned()))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// The result of `tools/call` and whether it says that the tool failed. A result with a `content` list passes
 /// untouched; anything else, which an MCP client could not read, becomes one block of text.
 fn as_tool_result(result: Box<RawValue>) -> Result<(Box<RawValue>, bool), GatewayError> {
@@ -1329,24 +1300,4 @@ fn any_object_schema() -> Box<RawValue> {
 /// The tool's name as a label: what a caller made up would be a series of its own.
 fn known_tool<'a>(error: &GatewayError, name: &'a str) -> &'a str {
     if matches!(error, GatewayError::UnknownTool(_)) { "" } else { name }
-}
-
-/// The schema of a tool's arguments, compiled, and as it is written.
-pub struct Schema {
-    validator: jsonschema::Validator,
-    value: Value,
-}
-
-impl Gateway {
-    async fn schema(&self, tool: &Tool) -> Result<Arc<Schema>, GatewayError> {
-        let digest = tool.definition_digest.clone().unwrap_or_default();
-        if let Some(schema) = self.schemas.get(&digest).await {
-            return Ok(schema);
-        }
-        let definition: Value = serde_json::from_str(tool.definition.as_deref().unwrap_or("null"))?;
-        let value = definition["inputSchema"].clone();
-        let schema = Arc::new(Schema { validator: definition::validator(&value)?, value });
-        self.schemas.insert(digest, Arc::clone(&schema)).await;
-        Ok(schema)
-    }
 }

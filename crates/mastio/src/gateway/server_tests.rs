@@ -30,7 +30,7 @@ struct Manner {
     down: bool,
 }
 
-struct Fake {
+pub(super) struct Fake {
     manner: Mutex<Manner>,
     tools: Mutex<Value>,
     known: Mutex<HashSet<String>>,
@@ -75,7 +75,7 @@ impl Fake {
     }
 
     /// Headers and parameters of every call of a tool.
-    fn calls(&self) -> Vec<(HeaderMap, Value)> {
+    pub(super) fn calls(&self) -> Vec<(HeaderMap, Value)> {
         self.seen.lock().unwrap().iter().filter(|(_, body)| body["method"] == "tools/call").cloned().collect()
     }
 
@@ -274,7 +274,7 @@ impl World {
     }
 
     /// A server with its tools approved and `acme::a` bound to it.
-    async fn ready(modern: bool) -> (Self, Arc<Fake>) {
+    pub(super) async fn ready(modern: bool) -> (Self, Arc<Fake>) {
         let (world, fake) = (Self::new().await, Fake::start(modern).await);
         let upstream_id = world.server("up", &fake).await;
         world.approve_all().await;
@@ -288,12 +288,12 @@ impl World {
         body["standing"].as_str().unwrap().to_owned()
     }
 
-    async fn names(&self, agent_id: &str) -> Vec<String> {
+    pub(super) async fn names(&self, agent_id: &str) -> Vec<String> {
         self.tools(agent_id).await.iter().map(|tool| tool["name"].as_str().unwrap().to_owned()).collect()
     }
 
     /// The details of the last event of this type.
-    async fn last(&self, event_type: &str) -> Value {
+    pub(super) async fn last(&self, event_type: &str) -> Value {
         let events = self.events().await;
         events.into_iter().rev().find(|(kind, ..)| kind == event_type).map(|(.., details)| details).unwrap()
     }

@@ -6,6 +6,7 @@
 use mastio_core::time::UnixTime;
 
 use super::peer::Discovered;
+use super::policy::{Mode, Rule};
 use super::protocol::Revision;
 use super::servers::{Server, Tool as ServerTool, ToolState};
 use super::{Binding, Resource};
@@ -33,6 +34,8 @@ pub(super) struct Tool {
     pub allowed_domains: Vec<String>,
     /// Whether the holder has an active binding.
     pub bound: bool,
+    /// The schema of its arguments, where it is known.
+    pub input_schema: Option<String>,
 }
 
 /// The enabled tool of this name, and whether the holder is bound to it.
@@ -46,7 +49,7 @@ pub(super) async fn tool(
     let row = tx
         .row(
             "SELECT r.resource_id, r.endpoint_url, r.auth_type, r.auth_secret_ref, r.required_capability, \
-             r.allowed_domains, b.binding_id FROM local_mcp_resources r LEFT JOIN local_agent_resource_bindings b \
+             r.allowed_domains, b.binding_id, r.input_schema FROM local_mcp_resources r LEFT JOIN local_agent_resource_bindings b \
              ON b.resource_id = r.resource_id AND b.principal_type = $3 AND b.agent_id IN ($4, $5) \
              AND b.revoked_at IS NULL WHERE r.name = $2 AND (r.org_id = $1 OR r.org_id IS NULL) AND r.enabled = 1 \
              ORDER BY CASE WHEN b.binding_id IS NULL THEN 1 ELSE 0 END, \
@@ -65,6 +68,7 @@ pub(super) async fn tool(
         // A list that cannot be read must not widen what is allowed: no host bears the empty name.
         allowed_domains: serde_json::from_str(&domains).unwrap_or_else(|_| vec![String::new()]),
         bound: row.optional_text(6)?.is_some(),
+        input_schema: row.optional_text(7)?,
     }))
 }
 
@@ -584,24 +588,24 @@ pub(super) async fn is_bound_to_either(
 }
 
 /// The tools that the holder is bound to, by themselves or with their servers, whose servers are enabled; with the
-/// capability that the server asks for.
+/// server's name and the capability that it asks for.
 pub(super) async fn bound_server_tools(
     tx: &mut ReadTx,
     holder: &Holder,
     limit: i64,
-) -> Result<Vec<(ServerTool, Option<String>)>, StoreError> {
+) -> Result<Vec<(ServerTool, String, Option<String>)>, StoreError> {
     let rows = tx
         .rows(
             "SELECT t.tool_id, t.upstream_id, t.upstream_name, t.name, t.state, t.definition, t.definition_digest, \
              t.found, t.found_digest, t.present, t.imitates, t.required_capability, t.calls_per_minute, \
-             t.first_seen_at, t.approved_at, t.approved_by, u.required_capability FROM mcp_tools t \
+             t.first_seen_at, t.approved_at, t.approved_by, u.name, u.required_capability FROM mcp_tools t \
              JOIN mcp_upstreams u ON u.upstream_id = t.upstream_id AND u.enabled = 1 WHERE t.state = 'approved' \
              AND EXISTS (SELECT 1 FROM local_agent_resource_bindings b WHERE b.resource_id IN (t.tool_id, t.upstream_id) \
              AND b.principal_type = $1 AND b.agent_id IN ($2, $3) AND b.revoked_at IS NULL) ORDER BY t.name LIMIT $4",
             values![&holder.principal_type, &holder.canonical, &holder.bare, limit],
         )
         .await?;
-    rows.iter().map(|row| Ok((read_tool(row)?, row.optional_text(16)?))).collect()
+    rows.iter().map(|row| Ok((read_tool(row)?, row.text(16)?, row.optional_text(17)?))).collect()
 }
 
 /// Every name that a tool has, of whatever kind.
@@ -670,4 +674,119 @@ pub(super) async fn update_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(
 pub(super) async fn is_used_up(tx: &mut ReadTx, id: &str) -> Result<bool, StoreError> {
     let row = tx.row("SELECT jwt_id FROM used_jwt_ids WHERE jwt_id = $1", values![id]).await?;
     Ok(row.is_some())
+}
+
+// ---------------------------------------------------------------- rules
+
+fn read_rule(row: &Row) -> Result<Rule, StoreError> {
+    Ok(Rule {
+        change: row.integer(0)?,
+        name: row.text(1)?,
+        version: row.integer(2)?,
+        tool: row.optional_text(3)?,
+        mode: Mode::parse(&row.text(4)?),
+        text: row.text(5)?,
+        saved_at: row.text(6)?,
+        saved_by: row.text(7)?,
+    })
+}
+
+/// The number of the last change of a rule; 0 for none.
+pub(super) async fn rules_change(tx: &mut impl Query) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT COALESCE(MAX(change), 0) FROM mcp_policy_versions", &[]).await?;
+    row.map_or(Ok(0), |row| row.integer(0))
+}
+
+/// The newest version of each rule that is not deleted, by name.
+///
+/// Without a bound: one that is left out would be a hole. As many are saved as the gateway lets be saved.
+pub(super) async fn rules(tx: &mut impl Query) -> Result<Vec<Rule>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT p.change, p.name, p.version, p.tool, p.mode, p.text, p.saved_at, p.saved_by \
+             FROM mcp_policy_versions p WHERE p.mode <> 'deleted' AND p.version = \
+             (SELECT MAX(n.version) FROM mcp_policy_versions n WHERE n.name = p.name) ORDER BY p.name",
+            &[],
+        )
+        .await?;
+    rows.iter().map(read_rule).collect()
+}
+
+/// The versions of a rule, newest first.
+pub(super) async fn rule_versions(tx: &mut ReadTx, name: &str, limit: i64) -> Result<Vec<Rule>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT change, name, version, tool, mode, text, saved_at, saved_by FROM mcp_policy_versions \
+             WHERE name = $1 ORDER BY version DESC LIMIT $2",
+            values![name, limit],
+        )
+        .await?;
+    rows.iter().map(read_rule).collect()
+}
+
+/// The numbers of the next change, and of the next version of this rule.
+pub(super) async fn next_rule(tx: &mut WriteTx, name: &str) -> Result<(i64, i64), StoreError> {
+    let change = rules_change(tx).await? + 1;
+    let row = tx
+        .row("SELECT COALESCE(MAX(version), 0) FROM mcp_policy_versions WHERE name = $1", values![name])
+        .await?;
+    Ok((change, row.map_or(Ok(0), |row| row.integer(0))? + 1))
+}
+
+/// Adds a version of a rule.
+pub(super) async fn insert_rule(tx: &mut WriteTx, rule: &Rule) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO mcp_policy_versions (change, name, version, tool, mode, text, saved_at, saved_by) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        values![
+            rule.change,
+            &rule.name,
+            rule.version,
+            rule.tool.as_deref(),
+            rule.mode.as_str(),
+            &rule.text,
+            &rule.saved_at,
+            &rule.saved_by,
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+/// The schema of a resource's arguments, where it is known; absent without such a resource.
+pub(super) async fn resource_schema(
+    tx: &mut ReadTx,
+    org_id: &str,
+    name: &str,
+) -> Result<Option<Option<String>>, StoreError> {
+    let row = tx
+        .row(
+            "SELECT input_schema FROM local_mcp_resources WHERE name = $2 AND (org_id = $1 OR org_id IS NULL) LIMIT 1",
+            values![org_id, name],
+        )
+        .await?;
+    row.map(|row| row.optional_text(0)).transpose()
+}
+
+/// The names of resources and of servers' tools, in order.
+pub(super) async fn every_callable(tx: &mut ReadTx, limit: i64) -> Result<Vec<String>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT name FROM local_mcp_resources UNION SELECT name FROM mcp_tools ORDER BY name LIMIT $1",
+            values![limit],
+        )
+        .await?;
+    rows.iter().map(|row| row.text(0)).collect()
+}
+
+/// Every agent with an active binding, by id.
+pub(super) async fn bound_agents(tx: &mut ReadTx, limit: i64) -> Result<Vec<String>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT DISTINCT agent_id FROM local_agent_resource_bindings WHERE revoked_at IS NULL \
+             ORDER BY agent_id LIMIT $1",
+            values![limit],
+        )
+        .await?;
+    rows.iter().map(|row| row.text(0)).collect()
 }

@@ -122,6 +122,14 @@ pub(super) struct FakeAuthenticate {
 }
 
 impl Authenticate for FakeAuthenticate {
+    fn agent<'a>(
+        &'a self,
+        agent_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>> {
+        let held = self.capabilities.lock().unwrap().get(agent_id).cloned().unwrap_or_default();
+        Box::pin(std::future::ready(Ok(Some(("agent".to_owned(), held)))))
+    }
+
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>> {
         self.refreshed.fetch_add(1, Ordering::SeqCst);
         Box::pin(async { Ok(()) })
@@ -204,6 +212,7 @@ impl World {
             peers: Peers::default(),
             underway: Underway::default(),
             schemas: Cache::new(SCHEMAS_MAX),
+            rules: arc_swap::ArcSwap::default(),
             tool_limits: RateLimit::per_minute(0),
             urls: ExternalUrls::new(Some("https://mastio.example".to_owned()), vec!["localhost".to_owned()]),
             metrics: Arc::new(Metrics::new()),
@@ -251,7 +260,7 @@ impl World {
     }
 
     /// A tool `weather` that behaves as `kind`, bound to `acme::a`.
-    async fn weather(&self, kind: &str) {
+    pub(super) async fn weather(&self, kind: &str) {
         let resource_id = self.register(json!({ "name": "weather", "endpoint_url": self.url(kind) })).await;
         self.bind("acme::a", &resource_id).await;
     }
@@ -310,6 +319,7 @@ impl World {
                 assert_eq!(details.remove("trace_id").unwrap().as_str().unwrap().len(), 32);
                 assert_eq!(details.remove("arguments_digest").unwrap().as_str().unwrap().len(), 64);
                 details.remove("resource_id").unwrap();
+                details.remove("policies");
                 assert!(actor.starts_with("acme::") || actor == "a", "{actor}");
                 calls.push(Value::Object(details.clone()));
             }
@@ -317,7 +327,7 @@ impl World {
         calls
     }
 
-    fn seen(&self, kind: &str) -> usize {
+    pub(super) fn seen(&self, kind: &str) -> usize {
         self.upstream
             .seen
             .lock()

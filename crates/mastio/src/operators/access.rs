@@ -58,6 +58,13 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("PATCH", "/v1/admin/mcp-tools/{tool}", Api(Operator)),
     ("POST", "/v1/admin/mcp-tools/{tool}/approve", Api(Operator)),
     ("POST", "/v1/admin/mcp-tools/{tool}/block", Api(Operator)),
+    // Rules for calls. A test changes nothing.
+    ("GET", "/v1/admin/mcp-policies", Api(Viewer)),
+    ("POST", "/v1/admin/mcp-policies/test", Api(Viewer)),
+    ("GET", "/v1/admin/mcp-policies/{policy}", Api(Viewer)),
+    ("PUT", "/v1/admin/mcp-policies/{policy}", Api(Operator)),
+    ("DELETE", "/v1/admin/mcp-policies/{policy}", Api(Operator)),
+    ("GET", "/v1/admin/mcp-access", Api(Viewer)),
     // Who may ask about access tokens: a secret for each.
     ("GET", "/v1/admin/resource-servers", Api(Viewer)),
     ("POST", "/v1/admin/resource-servers", Api(Operator)),

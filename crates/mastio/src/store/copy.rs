@@ -195,6 +195,10 @@ const TABLES: &[Table] = &[
             "approved_by",
         ],
     },
+    Table {
+        name: "mcp_policy_versions",
+        columns: &["#change", "name", "#version", "tool", "mode", "text", "saved_at", "saved_by"],
+    },
     Table { name: "deploy_state", columns: &["key", "value"] },
     Table {
         name: "audit_events",

@@ -172,6 +172,11 @@ impl Tokens {
         self.nonces.current(now)
     }
 
+    /// The agent of this id, as it stands now.
+    pub async fn agent(&self, agent_id: &str) -> Result<Option<Arc<Agent>>, crate::store::StoreError> {
+        self.agents.agent(agent_id).await
+    }
+
     fn issuer(&self) -> String {
         format!("cullis-mastio:{}", self.pki.authority().org_id)
     }

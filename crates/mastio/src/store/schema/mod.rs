@@ -21,6 +21,7 @@ mod s0014_leaves_without_facts;
 mod s0015_run_proof;
 mod s0016_snapshot_digest;
 mod s0017_dashboard_lists;
+mod s0018_mcp_policies;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ pub const STEPS: &[Step] = &[
     s0015_run_proof::STEP,
     s0016_snapshot_digest::STEP,
     s0017_dashboard_lists::STEP,
+    s0018_mcp_policies::STEP,
     // The next step goes here.
 ];
 
