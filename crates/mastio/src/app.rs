@@ -338,6 +338,7 @@ pub struct Running {
     journal: JoinHandle<()>,
     pki: Arc<Pki>,
     stopping: Arc<AtomicBool>,
+    gateway: Arc<Gateway>,
     // Held until the process has drained: another one must not open the data directory before.
     deploy: Deploy,
 }
@@ -348,6 +349,8 @@ impl Running {
         self.stopping.store(true, Ordering::SeqCst);
         // Those who watch a run would keep their connections open for good.
         self.deploy.updates.close();
+        self.gateway.streams.close();
+        drop(self.gateway);
         self.stop.send_replace(true);
         for job in self.jobs {
             job.abort();
@@ -404,6 +407,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         sealing: pki.shared_sealing(),
         peers: gateway::Peers::default(),
         underway: gateway::Underway::default(),
+        streams: gateway::Streams::default(),
         schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
         rules: arc_swap::ArcSwap::default(),
         tool_limits: RateLimit::per_minute(0),
@@ -483,14 +487,15 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     };
     let mut jobs = jobs(&pki, &updates, &tls, &agents);
     jobs.push(summarise(refusals, Arc::clone(&pki)));
-    jobs.push(look_at_upstreams(gateway));
+    jobs.push(look_at_upstreams(Arc::clone(&gateway)));
+    jobs.push(follow_changes(Arc::clone(&gateway)));
     jobs.extend(claims.map(|claims| tokio::spawn(async move { claims.keep().await })));
     let server = tokio::spawn(server.run(stopped));
     crate::logging::listening(address, &url);
     if let Some(token) = setup_token {
         crate::logging::setup_open(&url, &token);
     }
-    Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, deploy })
+    Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, gateway, deploy })
 }
 
 /// Writes the refusals that were only counted, when their minute is over.
@@ -503,6 +508,11 @@ fn summarise(refusals: Refusals, pki: Arc<Pki>) -> JoinHandle<()> {
             refusals.summarise(pki.clock.now().seconds()).await;
         }
     })
+}
+
+/// Wakes the streams on which agents are told what changes.
+fn follow_changes(gateway: Arc<Gateway>) -> JoinHandle<()> {
+    tokio::spawn(async move { gateway.follow_changes().await })
 }
 
 /// Looks at every MCP server now and then: a definition that has changed is blocked before anybody calls it.

@@ -174,6 +174,7 @@ pub struct Metrics {
     mcp_calls: Family<McpCall, Counter>,
     mcp_call: Family<McpUpstream, Histogram>,
     mcp_shadow_denials: Family<McpPolicy, Counter>,
+    mcp_streams: Gauge,
 }
 
 impl Default for Metrics {
@@ -243,11 +244,18 @@ impl Metrics {
             "Calls that a policy in shadow would have denied",
             mcp_shadow_denials.clone(),
         );
+        let mcp_streams = Gauge::default();
+        registry.register(
+            "cullis_mcp_streams",
+            "Streams on which agents are told what changes, open in this process",
+            mcp_streams.clone(),
+        );
         Self {
             registry,
             mcp_calls,
             mcp_call,
             mcp_shadow_denials,
+            mcp_streams,
             token_mint,
             tokens_issued,
             token_refusals,
@@ -294,6 +302,11 @@ impl Metrics {
     /// A call was allowed that this policy would have denied if it were not in shadow.
     pub fn mcp_shadow_denied(&self, policy: &str) {
         self.mcp_shadow_denials.get_or_create(&McpPolicy { policy: policy.to_owned() }).inc();
+    }
+
+    /// So many streams are open on which agents are told what changes.
+    pub fn mcp_streams(&self, open: usize) {
+        self.mcp_streams.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
     /// A request to `route` was answered.

@@ -149,6 +149,8 @@ event_types! {
     McpPolicyDeleted = "mcp.policy_deleted",
     /// An agent ended its MCP session.
     McpSessionEnded = "mcp.session_ended",
+    /// A request was refused before it could be served: it is malformed, or its headers say otherwise than its body.
+    McpRequestRefused = "mcp.request_refused",
     /// An agent presented an MCP session that is not its own, or over.
     McpSessionRefused = "mcp.session_refused",
     /// An agent called a tool.

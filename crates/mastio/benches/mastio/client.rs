@@ -8,10 +8,9 @@ use std::sync::Arc;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use crate::Failure;
 
@@ -19,7 +18,8 @@ use crate::Failure;
 #[derive(Clone)]
 pub struct Target {
     port: u16,
-    tls: Arc<ClientConfig>,
+    /// Absent: in clear.
+    tls: Option<Arc<ClientConfig>>,
 }
 
 impl Target {
@@ -39,7 +39,12 @@ impl Target {
                 certificates(chain_pem)?,
                 PrivateKeyDer::from_pem_slice(key_pem.as_bytes())?,
             )?;
-        Ok(Self { port, tls: Arc::new(tls) })
+        Ok(Self { port, tls: Some(Arc::new(tls)) })
+    }
+
+    /// A server on `port` of this machine that is spoken to in clear.
+    pub fn plain(port: u16) -> Self {
+        Self { port, tls: None }
     }
 
     /// The bytes of a request.
@@ -70,15 +75,23 @@ impl Target {
     pub async fn connect(&self) -> Result<Connection, Failure> {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).await?;
         stream.set_nodelay(true)?;
-        let name = ServerName::try_from("localhost")?;
-        let stream = TlsConnector::from(Arc::clone(&self.tls)).connect(name, stream).await?;
+        let stream: Box<dyn Stream> = match &self.tls {
+            None => Box::new(stream),
+            Some(tls) => {
+                let name = ServerName::try_from("localhost")?;
+                Box::new(TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?)
+            }
+        };
         Ok(Connection { stream, buffer: Vec::with_capacity(16 * 1024), head: 0 })
     }
 }
 
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
 /// One kept-alive connection.
 pub struct Connection {
-    stream: TlsStream<TcpStream>,
+    stream: Box<dyn Stream>,
     buffer: Vec<u8>,
     /// Bytes of the last answer's head.
     head: usize,
@@ -126,6 +139,16 @@ impl Connection {
         let head = std::str::from_utf8(self.buffer.get(..self.head)?).ok()?;
         let mut headers = head.lines().filter_map(|line| line.split_once(':'));
         headers.find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.trim().to_owned())
+    }
+
+    /// Sends a request whose answer is a stream, and waits until it has said `text`.
+    pub async fn open(&mut self, request: &[u8], text: &str) -> Result<(), Failure> {
+        self.stream.write_all(request).await?;
+        self.buffer.clear();
+        while !String::from_utf8_lossy(&self.buffer).contains(text) {
+            self.read().await?;
+        }
+        Ok(())
     }
 
     async fn read(&mut self) -> Result<(), Failure> {

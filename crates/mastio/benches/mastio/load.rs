@@ -13,7 +13,7 @@ use crate::client::{Connection, Target};
 use crate::server::{AgentFiles, Deploy, Server};
 
 /// Where requests go, and the requests.
-type Prepared = (Target, Vec<Vec<u8>>);
+pub type Prepared = (Target, Vec<Vec<u8>>);
 
 /// What a load measured. Times in milliseconds.
 #[derive(Debug, Clone, Serialize)]
@@ -125,11 +125,22 @@ pub async fn health(
 ) -> Result<Load, Failure> {
     let target = target(deploy, server, 0)?;
     let request = target.request("GET", "/healthz", &[], "");
+    repeated(server, &target, &request, connections, lasting).await
+}
+
+/// One request again and again, on each of so many connections.
+pub async fn repeated(
+    server: &Server,
+    target: &Target,
+    request: &[u8],
+    connections: usize,
+    lasting: Duration,
+) -> Result<Load, Failure> {
     let opened = open((0..connections).map(|_| target.clone())).await?;
     let (cpu, begun) = (server.cpu_s()?, Instant::now());
     let mut tasks = JoinSet::new();
     for mut connection in opened {
-        let request = request.clone();
+        let request = request.to_vec();
         tasks.spawn(async move {
             let mut times = Vec::new();
             while begun.elapsed() < lasting {
@@ -143,7 +154,8 @@ pub async fn health(
     finish(server, tasks, connections, begun, cpu).await
 }
 
-async fn measure(
+/// Requests that were made beforehand, each once.
+pub async fn measure(
     server: &Server,
     prepared: Vec<(Target, Vec<Vec<u8>>)>,
     lasting: Duration,

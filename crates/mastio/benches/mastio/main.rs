@@ -5,6 +5,7 @@
 //! figures. Nothing here asserts a time; `--hold` asserts ratios within its run.
 
 mod client;
+mod gateway;
 mod hold;
 mod load;
 mod machine;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use clap::Parser as _;
 use serde::Serialize;
 
+use gateway::{Calls, OpenStreams};
 use load::Load;
 use machine::Machine;
 use policy::Policies;
@@ -47,6 +49,9 @@ struct Options {
     /// How long each load lasts
     #[arg(long, default_value_t = 5)]
     seconds: u64,
+    /// Leave the gateway out
+    #[arg(long)]
+    no_gateway: bool,
     /// Leave the token path out
     #[arg(long)]
     no_load: bool,
@@ -74,6 +79,8 @@ struct Report {
     logins: Vec<Load>,
     health: Vec<Load>,
     policies: Vec<Policies>,
+    calls: Vec<Calls>,
+    open_streams: Option<OpenStreams>,
     updates: Vec<Update>,
     sizes_left_out: Vec<u32>,
     process: Vec<Process>,
@@ -137,6 +144,7 @@ async fn report(options: &Options) -> Result<Report, Failure> {
     let machine = Machine::measure(folder.path())?;
     let lasting = Duration::from_secs(options.seconds);
     let (mut mints, mut logins, mut health) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut calls, mut open_streams) = (Vec::new(), None);
     let (mut updates, mut process, mut sizes_left_out) = (Vec::new(), Vec::new(), Vec::new());
     for (index, agents) in options.agents.iter().enumerate() {
         let Some(deploy) = Deploy::new(*agents)? else {
@@ -160,8 +168,13 @@ async fn report(options: &Options) -> Result<Report, Failure> {
         let idle_after_start_mib = server.memory_mib("VmRSS")?;
         let rows_s = machine::bare_rows_s(folder.path(), *agents).await?;
         updates.push(update::measure(&deploy, &server, &machine, rows_s).await?);
-        if index == 0 && !options.no_load {
+        if index == 0 && !(options.no_load && options.no_gateway) {
             update::apply(&deploy, &server).await?;
+        }
+        if index == 0 && !options.no_gateway {
+            (calls, open_streams) = gateway::measure(&deploy, &server, lasting).await?;
+        }
+        if index == 0 && !options.no_load {
             for (connections, share) in [(1, 0.4), (16, 1.0), (64, 1.0)] {
                 let most_per_s = machine.mints_by_cryptography_alone * share;
                 mints.push(load::mints(&deploy, &server, connections, lasting, most_per_s).await?);
@@ -182,7 +195,18 @@ async fn report(options: &Options) -> Result<Report, Failure> {
         server.stop()?;
     }
     let policies = policy::measure().await?;
-    Ok(Report { machine, mints, logins, health, policies, updates, sizes_left_out, process })
+    Ok(Report {
+        machine,
+        mints,
+        logins,
+        health,
+        calls,
+        open_streams,
+        policies,
+        updates,
+        sizes_left_out,
+        process,
+    })
 }
 
 fn show_policies(policies: &[Policies]) {
@@ -246,6 +270,22 @@ fn show(report: &Report) {
     loads("/healthz", &report.health, None);
     println!();
     show_policies(&report.policies);
+    for Calls { connections, direct, through, added_p50_ms, added_p99_ms } in &report.calls {
+        println!(
+            "call, {connections:>2} connections: {:.0}/s, p50 {:.2} ms, p99 {:.2} ms; straight {:.0}/s, p50 {:.2} ms, p99 \
+             {:.2} ms; added p50 {added_p50_ms:.2} ms, p99 {added_p99_ms:.2} ms; {:.0} µs of our CPU each",
+            through.per_s,
+            through.p50_ms,
+            through.p99_ms,
+            direct.per_s,
+            direct.p50_ms,
+            direct.p99_ms,
+            through.server_cpu_us
+        );
+    }
+    if let Some(OpenStreams { streams, before_mib, with_mib }) = &report.open_streams {
+        println!("{streams} open streams: {before_mib:.0} MiB resident before, {with_mib:.0} MiB with them");
+    }
     let phases = |phases: &[(String, f64)]| {
         let shown: Vec<_> = phases.iter().map(|(phase, took)| format!("{phase} {took:.3}")).collect();
         shown.join(", ")

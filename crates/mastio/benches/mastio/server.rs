@@ -108,6 +108,7 @@ impl Deploy {
             .env("MCP_PROXY_LISTEN", "127.0.0.1:0")
             .env("MCP_PROXY_ADMIN_SECRET", ADMIN_SECRET)
             .env("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0")
+            .env("MCP_PROXY_INTERNAL_HOST_ALLOWLIST", "127.0.0.1")
             .env("LOG_FORMAT", "json")
             .current_dir(self.folder.path())
             .stdin(Stdio::null())

@@ -272,6 +272,15 @@ impl AgentClient {
         self.mcp("tools/call", Some(json!({ "name": name, "arguments": arguments }))).await
     }
 
+    /// `Authorization` and `DPoP` of one request to the gateway. For whoever measures the server and not this client.
+    ///
+    /// Errors: [`AgentError::NotLoggedIn`].
+    pub fn prepare_call(&self) -> Result<(String, String), AgentError> {
+        let access = self.access.as_ref().ok_or(AgentError::NotLoggedIn)?;
+        let proof = access.proof_key.proof("POST", &self.url(MCP_PATH), Some(&access.token), &self.now())?;
+        Ok((format!("DPoP {}", access.token), proof))
+    }
+
     /// The chain that the server now has for this agent, PEM: what is offered after an update.
     pub async fn current_chain(&self) -> Result<String, AgentError> {
         let path = format!("/v1/egress/agents/{}/public-key", self.agent_id);
@@ -280,9 +289,8 @@ impl AgentClient {
     }
 
     async fn mcp(&self, method: &'static str, params: Option<Value>) -> Result<Value, AgentError> {
-        let access = self.access.as_ref().ok_or(AgentError::NotLoggedIn)?;
-        let proof = access.proof_key.proof("POST", &self.url(MCP_PATH), Some(&access.token), &self.now())?;
-        let headers = [("Authorization", format!("DPoP {}", access.token)), ("DPoP", proof)];
+        let (authorization, proof) = self.prepare_call()?;
+        let headers = [("Authorization", authorization), ("DPoP", proof)];
         let mut message = Map::from_iter([
             ("jsonrpc".to_owned(), json!("2.0")),
             ("id".to_owned(), json!(1)),

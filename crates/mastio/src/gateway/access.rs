@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use mastio_core::time::UnixTime;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
@@ -203,6 +204,9 @@ impl Gateway {
             capabilities,
             one_use: Vec::new(),
             access_token: None,
+            // Nobody calls: there is no token with times of its own.
+            issued_at: UnixTime(0),
+            expires_at: UnixTime(0),
             epoch: 0,
         };
         match self.decide(&caller, tool, arguments, rules, &mut access).await {

@@ -40,6 +40,8 @@ impl TokenCallers {
             one_use: caller.one_use,
             access_token: Some(caller.jwt_id),
             epoch: caller.epoch,
+            issued_at: caller.issued_at,
+            expires_at: caller.expires_at,
         })
     }
 
@@ -103,6 +105,14 @@ impl Authenticate for TokenCallers {
         Box::pin(async move {
             let agent = self.tokens.agent(agent_id).await?.filter(|agent| agent.is_active);
             Ok(agent.map(|agent| (agent.principal_type.clone(), agent.capabilities.clone())))
+        })
+    }
+
+    fn standing<'a>(&'a self, caller: &'a Caller) -> BoxFuture<'a, Result<Option<Caller>, ApiError>> {
+        Box::pin(async move {
+            let holder =
+                self.tokens.holder(&caller.agent_id, caller.issued_at).await.map_err(ApiError::from)?;
+            Ok(holder.map(|agent| Caller { capabilities: agent.capabilities.clone(), ..caller.clone() }))
         })
     }
 

@@ -121,6 +121,12 @@ pub enum GatewayError {
     /// A definition cannot be used.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
+    /// The agent has as many streams open as it may, or everybody together has.
+    #[error("too many streams are open: close one first")]
+    TooManyStreams,
+    /// The session has a stream already.
+    #[error("the session has an open stream already")]
+    StreamOpen,
     /// There is no such binding, or it is revoked already.
     #[error("binding not found")]
     UnknownBinding,
@@ -165,7 +171,7 @@ impl GatewayError {
             Self::ArgumentsTooLarge { .. } | Self::Arguments(_) => code::INVALID_PARAMS,
             Self::HeaderMismatch(_) => code::HEADER_MISMATCH,
             Self::UnknownTool(_) | Self::NotOffered { .. } => code::UNKNOWN_TOOL,
-            Self::TooOften(_) => code::UNREACHABLE,
+            Self::TooOften(_) | Self::TooManyStreams => code::UNREACHABLE,
             Self::NoBinding(_) => code::NO_BINDING,
             Self::MissingCapability(_) | Self::PolicyDenied(_) | Self::PolicyFailed(_) => code::TOOL_ERROR,
             Self::Upstream(error) => error.code(),
@@ -191,6 +197,7 @@ impl GatewayError {
             Self::TooOften(_) => "too_often",
             Self::PolicyDenied(_) => "policy_denied",
             Self::PolicyFailed(_) => "policy_failed",
+            Self::TooManyStreams => "too_many_streams",
             Self::UnknownTool(_) => "unknown_tool",
             Self::NoBinding(_) => "no_binding",
             Self::MissingCapability(_) => "missing_capability",
@@ -222,7 +229,7 @@ impl Problem for GatewayError {
             | Self::HeaderMismatch(_)
             | Self::Definition(_)
             | Self::Imitates { .. } => Kind::Unprocessable,
-            Self::TooOften(_) => Kind::Limited,
+            Self::TooOften(_) | Self::TooManyStreams => Kind::Limited,
             Self::Replayed | Self::Revoked | Self::StandingChanged => Kind::Unauthenticated,
             Self::NoBinding(_)
             | Self::MissingCapability(_)
@@ -232,6 +239,7 @@ impl Problem for GatewayError {
             | Self::TooManyResources(_)
             | Self::AlreadyBound
             | Self::TooManyPolicies(_)
+            | Self::StreamOpen
             | Self::DefinitionMoved { .. } => Kind::Conflict,
             Self::UnknownTool(_)
             | Self::NotOffered { .. }

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use super::access::Access;
 use super::peer::Listener;
 use super::policy::{NewRule, Rule};
-use super::protocol::SESSION_HEADER;
+use super::protocol::{self, Revision, SESSION_HEADER};
 use super::serve::{self, Answer, Answers, Asked};
 use super::servers::{Look, NewServer, Server, Tool};
 use super::{
@@ -42,7 +42,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 /// The gateway's routes.
 pub fn routes(gateway: Arc<Gateway>) -> Router {
     Router::new()
-        .route("/v1/mcp", post(post_message).delete(delete_session).get(no_stream))
+        .route("/v1/mcp", post(post_message).delete(delete_session).get(get_stream))
         .route("/v1/admin/mcp-resources", post(create_resource).get(list_resources))
         .route("/v1/admin/mcp-resources/{resource_id}", delete(delete_resource))
         .route("/v1/admin/mcp-resources/bindings", post(create_binding).get(list_bindings))
@@ -111,9 +111,31 @@ fn is_json(kind: &HeaderValue) -> bool {
     kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
 }
 
-async fn no_stream() -> Response {
-    // Nothing is said outside a request: what has changed is found by asking.
-    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST, DELETE")]).into_response()
+/// The stream on which a session hears what happens outside its requests. 2026-07-28 has `subscriptions/listen` for it.
+async fn get_stream(
+    State(gateway): State<Arc<Gateway>>,
+    context: Context,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (parts, _body) = request.into_parts();
+    check_origin(&gateway, &parts)?;
+    let without_sessions =
+        protocol::named_revision(&parts.headers).is_ok_and(|named| named.is_some_and(Revision::is_stateless));
+    if without_sessions || !parts.headers.contains_key(SESSION_HEADER) {
+        return Ok((StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST, DELETE")]).into_response());
+    }
+    if !protocol::reads_streams(&parts.headers) {
+        return Ok(StatusCode::NOT_ACCEPTABLE.into_response());
+    }
+    let caller = gateway.authenticate.caller(&context, &parts).await?;
+    let Some(opened) = serve::open_stream(&gateway, &context, &parts, &caller).await? else {
+        return Ok(StatusCode::NOT_FOUND.into_response());
+    };
+    let (sender, messages) = mpsc::channel(MESSAGES_WAITING_MAX);
+    let listener = Listener { sender: Some(sender), ..Listener::default() };
+    let asked = Asked { context, parts, body: Bytes::new() };
+    let serving = tokio::spawn(serve::follow(gateway, asked, caller, opened, listener));
+    Ok(stream(Bytes::from_static(b":\n\n"), messages, serving))
 }
 
 async fn delete_session(
@@ -129,7 +151,7 @@ async fn delete_session(
 }
 
 /// The status and text of one answer; no text where there is nothing to say.
-fn written(answer: Answer, cold: bool) -> (StatusCode, Vec<u8>) {
+fn written(answer: Answer, cold: bool, stateless: bool) -> (StatusCode, Vec<u8>) {
     let (status, text) = match answer {
         Answer::Nothing => {
             let status = if cold { StatusCode::NO_CONTENT } else { StatusCode::ACCEPTED };
@@ -138,7 +160,11 @@ fn written(answer: Answer, cold: bool) -> (StatusCode, Vec<u8>) {
         Answer::Malformed(id, error) => (StatusCode::BAD_REQUEST, jsonrpc::write_error(id.as_ref(), &error)),
         Answer::Missing(id, error) => (StatusCode::NOT_FOUND, jsonrpc::write_error(id.as_ref(), &error)),
         Answer::Under(id, outcome) => {
-            (StatusCode::OK, jsonrpc::write(Some(&id), outcome.as_deref().map_err(AsRef::as_ref)))
+            let status = match &outcome {
+                Err(error) if stateless => protocol::status_of(error),
+                _ => StatusCode::OK,
+            };
+            (status, jsonrpc::write(Some(&id), outcome.as_deref().map_err(AsRef::as_ref)))
         }
     };
     let text = text.or_else(|_| jsonrpc::write_error(None, &internal_error())).unwrap_or_default();
@@ -146,9 +172,9 @@ fn written(answer: Answer, cold: bool) -> (StatusCode, Vec<u8>) {
 }
 
 fn render(answers: Answers) -> Response {
-    let Answers { answers, batch, cold, session_id } = answers;
+    let Answers { answers, batch, cold, stateless, session_id } = answers;
     let mut texts: Vec<(StatusCode, Vec<u8>)> =
-        answers.into_iter().map(|answer| written(answer, cold)).collect();
+        answers.into_iter().map(|answer| written(answer, cold, stateless)).collect();
     let (status, text) = if batch {
         texts.retain(|(_, text)| !text.is_empty());
         if texts.is_empty() {
@@ -215,7 +241,7 @@ impl Saying {
                         let texts: Vec<Vec<u8>> = answers
                             .answers
                             .into_iter()
-                            .map(|answer| written(answer, false).1)
+                            .map(|answer| written(answer, false, false).1)
                             .filter(|text| !text.is_empty())
                             .collect();
                         if texts.is_empty() {

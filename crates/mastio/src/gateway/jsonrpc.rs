@@ -41,6 +41,8 @@ pub mod code {
     pub const TOOL_ERROR: i64 = -32003;
     /// No such tool.
     pub const UNKNOWN_TOOL: i64 = -32004;
+    /// The caller's client lacks a capability that the request needs (MCP 2026-07-28).
+    pub const MISSING_CAPABILITY: i64 = -32021;
     /// Headers and body disagree (MCP 2026-07-28).
     pub const HEADER_MISMATCH: i64 = -32020;
     /// A revision that we do not speak (MCP 2026-07-28).

@@ -34,6 +34,7 @@ pub mod definition;
 mod error;
 mod http;
 pub(crate) mod jsonrpc;
+pub mod listen;
 pub(crate) mod peer;
 mod policy;
 pub(crate) mod protocol;
@@ -66,6 +67,7 @@ pub use authn::TokenCallers;
 pub use error::{FieldProblem, GatewayError};
 pub use http::routes;
 use jsonrpc::{RpcError, code};
+pub use listen::Streams;
 pub use peer::Peers;
 pub use policy::{Known, Mode, NewRule, Rule, Rules, Subject};
 pub use serve::Underway;
@@ -106,6 +108,10 @@ pub struct Caller {
     pub access_token: Option<String>,
     /// The epoch at which all this was judged.
     pub epoch: i64,
+    /// When the access token was issued.
+    pub issued_at: UnixTime,
+    /// Until when it is good (exclusive).
+    pub expires_at: UnixTime,
 }
 
 /// Judges who calls. Implemented by the capability that owns access tokens.
@@ -138,6 +144,11 @@ pub trait Authenticate: Send + Sync {
         agent_id: &'a str,
     ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>>;
 
+    /// The caller as it stands now, while a stream of its stays open. Absent for one who would not be let in any more.
+    ///
+    /// Errors: [`ApiError`] where that cannot be said.
+    fn standing<'a>(&'a self, caller: &'a Caller) -> BoxFuture<'a, Result<Option<Caller>, ApiError>>;
+
     /// Takes up the state that has moved since the last judgement. Called before the same request is judged again.
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>>;
 }
@@ -162,6 +173,8 @@ pub struct Gateway {
     pub peers: Peers,
     /// Requests under way, for those who take theirs back.
     pub underway: Underway,
+    /// Streams on which callers are told what changes.
+    pub streams: Streams,
     /// Schemas of tools' arguments, by the digest of the definition.
     pub schemas: Cache<String, Arc<Schema>>,
     /// Rules for calls, compiled, as they were last seen.

@@ -24,9 +24,10 @@ use tokio::sync::mpsc;
 
 use super::credential::{AccessTokens, ServerAuth};
 use super::jsonrpc::{self, Id};
+use super::listen::{Heard, Logs, belongs_to_a_request};
 use super::protocol::{
-    META_CAPABILITIES, META_CLIENT, META_VERSION, METHOD_HEADER, NAME_HEADER, Revision, SESSION_HEADER,
-    VERSION_HEADER, encoded, server_info,
+    META_CAPABILITIES, META_CLIENT, META_LOG_LEVEL, META_VERSION, METHOD_HEADER, NAME_HEADER, Revision,
+    SESSION_HEADER, VERSION_HEADER, encoded, server_info,
 };
 use super::servers::Server;
 use super::session::{ReplyTo, Session};
@@ -121,6 +122,8 @@ pub struct Ask<'a> {
     pub trace: &'a Trace,
     /// Between two messages, and before the first.
     pub idle_timeout: Duration,
+    /// The revision that the caller speaks.
+    pub revision: Revision,
     /// What the caller hears before the answer.
     pub listener: &'a Listener,
 }
@@ -138,6 +141,8 @@ pub struct Listener {
     pub cancelled: Option<Arc<tokio::sync::Notify>>,
     /// Seals where an answer to a server's own request goes.
     pub sealing: Option<Arc<SealingKey>>,
+    /// Which log messages the caller hears.
+    pub logs: Logs,
 }
 
 impl Listener {
@@ -158,7 +163,16 @@ impl Listener {
         tokio::select! { () = hung_up => {} () = cancelled => {} }
     }
 
-    async fn tell(&self, message: Vec<u8>) {
+    /// Ends when the caller does not read its stream any more.
+    pub async fn hung_up(&self) {
+        match &self.sender {
+            Some(sender) => sender.closed().await,
+            None => pending().await,
+        }
+    }
+
+    /// Tells the caller a message, on one line.
+    pub async fn tell(&self, message: Vec<u8>) {
         if let Some(sender) = &self.sender {
             // A caller that hung up hears nothing; what it asked for goes on all the same.
             let _gone = sender.send(Bytes::from(message)).await;
@@ -293,12 +307,7 @@ impl Peers {
         }
         let mut begun_again = false;
         loop {
-            let begin = self.begin(http, link, revision, &ask.capabilities);
-            let session = self
-                .sessions
-                .try_get_with(ask.key.clone(), async { begin.await.map(Arc::new) })
-                .await
-                .map_err(|error| (*error).clone())?;
+            let session = self.session(http, link, revision, &ask.key, &ask.capabilities).await?;
             match self.try_once(http, link, ask, &session).await? {
                 Tried::Answered(answered) => return Ok(answered),
                 Tried::Forgotten(status) if begun_again => return Err(UpstreamError::Status(status)),
@@ -308,6 +317,90 @@ impl Peers {
                 }
             }
         }
+    }
+
+    /// The session of this key with a server, begun where there is none.
+    async fn session(
+        &self,
+        http: &Upstream,
+        link: &Link,
+        revision: Revision,
+        key: &SessionKey,
+        capabilities: &Map<String, Value>,
+    ) -> Result<Arc<PeerSession>, UpstreamError> {
+        let begin = self.begin(http, link, revision, capabilities);
+        let session = self.sessions.try_get_with(key.clone(), async { begin.await.map(Arc::new) });
+        session.await.map_err(|error| (*error).clone())
+    }
+
+    /// Hears what a server says outside a request, and passes on what the caller wants to hear. False: the server has
+    /// no such stream.
+    ///
+    /// Errors: [`UpstreamError`].
+    pub(super) async fn hear(
+        &self,
+        http: &Upstream,
+        link: &Link,
+        heard: &Heard<'_>,
+    ) -> Result<bool, UpstreamError> {
+        let revision = link.server.revision.ok_or(UpstreamError::Undiscovered)?;
+        let (session, mut incoming) = if revision.is_stateless() {
+            let session = Arc::new(PeerSession { id: None, revision });
+            let mut headers = session.headers();
+            headers.insert(METHOD_HEADER, HeaderValue::from_static("subscriptions/listen"));
+            let meta =
+                json!({ META_VERSION: revision.as_str(), META_CLIENT: server_info(), META_CAPABILITIES: {} });
+            let params = json!({ "_meta": meta, "notifications": heard.wanted.to_json() });
+            let body = message(Some(&self.next_id()), "subscriptions/listen", Some(&raw(&params)?))?;
+            let sent = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.send(http, link, headers, body));
+            (session, sent.await.map_err(|_| UpstreamError::Timeout)??)
+        } else {
+            let session = self.session(http, link, revision, &heard.key, &heard.capabilities).await?;
+            for uri in heard.wanted.uris() {
+                let id = self.next_id();
+                let body = message(Some(&id), "resources/subscribe", Some(&raw(&json!({ "uri": uri }))?))?;
+                let asked = async {
+                    let mut incoming = self.send(http, link, session.headers(), body).await?;
+                    incoming.is_success()?;
+                    only_answer(&mut incoming, &id).await
+                };
+                // What cannot be subscribed to is not told of; the rest is.
+                let _subscribed = tokio::time::timeout(HANDSHAKE_TIMEOUT, asked).await;
+            }
+            let headers = self.headers(http, link, session.headers()).await?;
+            let opened =
+                http.listen(&link.endpoint, link.client.as_ref(), headers, HANDSHAKE_TIMEOUT).await?;
+            if opened.status() == 404 && session.id.is_some() {
+                self.sessions.invalidate(&heard.key).await;
+                return Ok(true);
+            }
+            (session, opened)
+        };
+        if matches!(incoming.status(), 400 | 404 | 405 | 406 | 501) {
+            return Ok(false);
+        }
+        incoming.is_success()?;
+        if !incoming.header("content-type").is_some_and(|kind| kind.contains("event-stream")) {
+            return Ok(false);
+        }
+        while let Some(data) = incoming.next().await? {
+            let Ok(said) = serde_json::from_slice::<Said<'_>>(&data) else { continue };
+            match (said.method.as_deref(), said.id) {
+                (Some(method), None) => {
+                    if method == "notifications/tools/list_changed" {
+                        heard.tools_changed.notify_one();
+                    }
+                    if let Some(told) = heard.told(method, &data) {
+                        heard.listener.tell(told).await;
+                    }
+                }
+                (Some(method), Some(asked)) => {
+                    self.relay_request(http, link, heard.listener, &session, method, asked, &data).await;
+                }
+                _ => {}
+            }
+        }
+        Ok(true)
     }
 
     /// `initialize` and `notifications/initialized`.
@@ -425,9 +518,14 @@ impl Peers {
                             _ => return Ok(Tried::Answered(Err(error.to_owned()))),
                         }
                     }
-                    (Some(_), None, ..) => ask.listener.tell(one_line(&data)).await,
+                    (Some(method), None, ..) => {
+                        let belongs = belongs_to_a_request(method, ask.revision);
+                        if belongs && ask.listener.logs.hear(method, &data) {
+                            ask.listener.tell(one_line(&data)).await;
+                        }
+                    }
                     (Some(method), Some(asked), ..) => {
-                        self.relay_request(http, link, ask, session, method, asked, &data).await;
+                        self.relay_request(http, link, ask.listener, session, method, asked, &data).await;
                     }
                     // Another request's answer: not for us, and not for our caller.
                     _ => {}
@@ -456,7 +554,7 @@ impl Peers {
         &self,
         http: &Upstream,
         link: &Link,
-        ask: &Ask<'_>,
+        listener: &Listener,
         session: &PeerSession,
         method: &str,
         asked: &RawValue,
@@ -469,7 +567,7 @@ impl Peers {
             _ => None,
         };
         let can = |caller: &Session| needed.is_some_and(|needed| caller.capabilities.contains_key(needed));
-        let told = match (&ask.listener.session, &ask.listener.sealing, &ask.listener.sender) {
+        let told = match (&listener.session, &listener.sealing, &listener.sender) {
             (Some(caller), Some(sealing), Some(_)) if can(caller) => {
                 let reply = ReplyTo {
                     session: caller.nonce.clone(),
@@ -483,7 +581,7 @@ impl Peers {
             _ => None,
         };
         if let Some(told) = told {
-            ask.listener.tell(one_line(told.get().as_bytes())).await;
+            listener.tell(one_line(told.get().as_bytes())).await;
             return;
         }
         let answer = if method == "ping" {
@@ -542,8 +640,9 @@ impl Peers {
         let (session, capabilities) = match self.probe(http, link).await? {
             Some(capabilities) => (PeerSession { id: None, revision: Revision::V2026_07_28 }, capabilities),
             None => {
-                let nothing = Map::new();
-                let begun = self.initialize(http, link, Revision::NEWEST_WITH_SESSIONS, &nothing);
+                // Some servers show a tool only to a client that can do what it asks for; our callers' clients may.
+                let everything = everything_a_client_can();
+                let begun = self.initialize(http, link, Revision::NEWEST_WITH_SESSIONS, &everything);
                 tokio::time::timeout(HANDSHAKE_TIMEOUT, begun).await.map_err(|_| UpstreamError::Timeout)??
             }
         };
@@ -629,7 +728,8 @@ impl Peers {
         let mut headers = session.headers();
         if session.revision.is_stateless() {
             headers.insert(METHOD_HEADER, HeaderValue::from_static(method));
-            let meta = json!({ META_VERSION: session.revision.as_str(), META_CLIENT: server_info(), META_CAPABILITIES: {} });
+            let able = everything_a_client_can();
+            let meta = json!({ META_VERSION: session.revision.as_str(), META_CLIENT: server_info(), META_CAPABILITIES: able });
             params.insert("_meta".to_owned(), meta);
         }
         let body = message(Some(&id), method, Some(&raw(&Value::Object(params))?))?;
@@ -673,6 +773,11 @@ impl Peers {
     }
 }
 
+/// What clients can do for servers, of what we pass on.
+fn everything_a_client_can() -> Map<String, Value> {
+    ["elicitation", "roots", "sampling"].into_iter().map(|name| (name.to_owned(), json!({}))).collect()
+}
+
 enum Tried {
     Answered(Answered),
     /// The server does not know our session any more.
@@ -710,7 +815,15 @@ fn with_meta(ask: &Ask<'_>, revision: Revision) -> Result<Option<Box<RawValue>>,
     meta.extend(state.as_deref().map(|state| ("tracestate".to_owned(), state)));
     let (version, nothing) = (raw(&Value::from(revision.as_str()))?, jsonrpc::empty_object());
     let client = raw(&server_info())?;
+    let level = match ask.listener.logs {
+        Logs::From(level) => Some(raw(&Value::from(level.as_str()))?),
+        Logs::All | Logs::None => None,
+    };
     if revision.is_stateless() {
+        let asks_itself = meta.iter().any(|(known, _)| known == META_LOG_LEVEL);
+        meta.extend(
+            level.as_deref().filter(|_| !asks_itself).map(|level| (META_LOG_LEVEL.to_owned(), level)),
+        );
         meta.push((META_VERSION.to_owned(), &version));
         for (name, value) in [(META_CAPABILITIES, &nothing), (META_CLIENT, &client)] {
             if !meta.iter().any(|(known, _)| known == name) {
@@ -719,7 +832,7 @@ fn with_meta(ask: &Ask<'_>, revision: Revision) -> Result<Option<Box<RawValue>>,
         }
     } else {
         // What a client of 2026-07-28 can do, it cannot do through a session.
-        meta.retain(|(name, _)| !matches!(name.as_str(), META_CAPABILITIES | META_CLIENT));
+        meta.retain(|(name, _)| !matches!(name.as_str(), META_CAPABILITIES | META_CLIENT | META_LOG_LEVEL));
     }
     let meta = jsonrpc::object(&meta).map_err(broken)?;
     jsonrpc::with_member(params, "_meta", &meta).map(Some).map_err(broken)

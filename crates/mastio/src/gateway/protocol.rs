@@ -5,7 +5,7 @@
 //! of 2026-07-28 carries its revision and capabilities in every request, mirrored in headers that must agree.
 //! Source: MCP 2026-07-28, base protocol and Streamable HTTP; the transports pages of the revisions before.
 
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::jsonrpc::{Call, RpcError, code};
+use super::listen::Level;
 
 /// `_meta` key of the revision.
 pub const META_VERSION: &str = "io.modelcontextprotocol/protocolVersion";
@@ -22,6 +23,11 @@ pub const META_CAPABILITIES: &str = "io.modelcontextprotocol/clientCapabilities"
 pub const META_CLIENT: &str = "io.modelcontextprotocol/clientInfo";
 /// `_meta` key of who the server says it is.
 pub const META_SERVER: &str = "io.modelcontextprotocol/serverInfo";
+
+/// `_meta` key of the subscription that a notification belongs to.
+pub const META_SUBSCRIPTION: &str = "io.modelcontextprotocol/subscriptionId";
+/// `_meta` key of the log messages that a request asks for.
+pub const META_LOG_LEVEL: &str = "io.modelcontextprotocol/logLevel";
 
 /// Names the revision.
 pub const VERSION_HEADER: &str = "mcp-protocol-version";
@@ -131,6 +137,9 @@ pub struct Meta<'a> {
     /// What the client can do.
     #[serde(borrow, rename = "io.modelcontextprotocol/clientCapabilities")]
     pub capabilities: Option<&'a RawValue>,
+    /// From which level on log messages are asked for.
+    #[serde(rename = "io.modelcontextprotocol/logLevel")]
+    pub log_level: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
     /// W3C trace context.
@@ -196,6 +205,9 @@ pub fn check_mirrored(headers: &HeaderMap, call: &Call) -> Result<(), NotThisRev
     }
     if !meta.capabilities.is_some_and(|capabilities| capabilities.get().starts_with('{')) {
         return Err(invalid("_meta lacks io.modelcontextprotocol/clientCapabilities"));
+    }
+    if meta.log_level.as_deref().is_some_and(|level| Level::parse(level).is_none()) {
+        return Err(invalid("io.modelcontextprotocol/logLevel is no log level"));
     }
     if header(METHOD_HEADER)? != call.method {
         return Err(mismatch(format!("{METHOD_HEADER} does not match the body's method")));
@@ -303,6 +315,22 @@ pub fn encoded(value: &str) -> Option<HeaderValue> {
         return HeaderValue::from_str(value).ok();
     }
     HeaderValue::from_str(&format!("=?base64?{}?=", STANDARD.encode(value))).ok()
+}
+
+/// The HTTP status of a 2026-07-28 answer with this error.
+#[must_use]
+pub fn status_of(error: &RawValue) -> StatusCode {
+    #[derive(Deserialize)]
+    struct Coded {
+        code: i64,
+    }
+    match serde_json::from_str::<Coded>(error.get()).map(|error| error.code) {
+        Ok(code::METHOD_NOT_FOUND) => StatusCode::NOT_FOUND,
+        Ok(code::HEADER_MISMATCH | code::MISSING_CAPABILITY | code::UNSUPPORTED_VERSION) => {
+            StatusCode::BAD_REQUEST
+        }
+        _ => StatusCode::OK,
+    }
 }
 
 /// Whether the caller says that it reads event streams. `*/*` does not say so: the SDK sends it and reads none.

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use super::access::has_capability;
 use super::definition::sha256_hex;
 use super::jsonrpc::{self, Body, Call, Id, Message, RpcError, ToolCall, code};
+use super::listen::{Level, Listening, Logs, Place as StreamPlace, Wanted, server_key};
 use super::peer::{Answered, Ask, Link, Listener, SessionKey, request_key};
 use super::policy::Rules;
 use super::protocol::{
@@ -105,18 +106,20 @@ pub(super) struct Answers {
     pub batch: bool,
     /// Whether the caller is the SDK, cold.
     pub cold: bool,
+    /// Whether the caller speaks 2026-07-28, which has HTTP statuses for some errors.
+    pub stateless: bool,
     /// The session that was begun.
     pub session_id: Option<String>,
 }
 
 /// Who speaks, and how.
-struct Speaker {
-    revision: Revision,
-    session: Option<Session>,
+pub(super) struct Speaker {
+    pub revision: Revision,
+    pub session: Option<Session>,
     /// Whether it said that it reads streams.
-    streams: bool,
+    pub streams: bool,
     /// Whether it named a revision at all.
-    cold: bool,
+    pub cold: bool,
 }
 
 /// What a message will lead to, decided before anything is recorded.
@@ -139,6 +142,8 @@ enum Step {
     Reply(Box<(ReplyTo, Link, Box<RawValue>)>),
     /// A request under way is taken back.
     Cancel((String, String)),
+    /// A stream on which the caller is told what changes.
+    Listen(Box<Listening>),
 }
 
 /// A call of a resource's tool that may go upstream.
@@ -169,6 +174,7 @@ struct Relay {
 
 struct Gather {
     method: String,
+    params: Option<Box<RawValue>>,
     member: &'static str,
     links: Vec<Link>,
 }
@@ -189,6 +195,9 @@ pub(super) async fn serve(
         let mut events = Vec::new();
         let mut steps = Vec::with_capacity(plans.len());
         for plan in plans {
+            if let (true, Step::Answer(Answer::Malformed(_, error))) = (plan.events.is_empty(), &plan.step) {
+                events.push(refusal(&asked, &caller, error));
+            }
             events.extend(plan.events);
             steps.push(plan.step);
         }
@@ -210,6 +219,7 @@ pub(super) async fn serve(
                     answers: Vec::with_capacity(steps.len()),
                     batch,
                     cold: speaker.cold,
+                    stateless: speaker.revision.is_stateless(),
                     session_id: None,
                 };
                 for step in steps {
@@ -259,16 +269,65 @@ pub(super) async fn end_session(
         return Err(gateway.refused(context, parts, error).await);
     }
     if let Some(session) = &session {
-        let holder = gateway.holder(caller);
-        let mut tx = gateway.store.read().await.map_err(GatewayError::from)?;
-        let servers =
-            store::bound_servers(&mut tx, &holder, SERVERS_MAX).await.map_err(GatewayError::from)?;
-        drop(tx);
-        let links: Vec<Link> =
-            servers.into_iter().filter_map(|server| gateway.link(&Arc::new(server)).ok()).collect();
-        gateway.peers.forget(&gateway.upstream, &session.nonce, &links).await;
+        gateway.end_peer_sessions(caller, &session.nonce).await?;
     }
     Ok(session.is_some())
+}
+
+/// Opens the GET stream of a session: admits it, and leaves the rest to [`follow`]. Absent: it is none of the caller's.
+///
+/// Errors: as [`serve`], and 409 where the session has a stream already, 429 where there are too many.
+pub(super) async fn open_stream(
+    gateway: &Arc<Gateway>,
+    context: &Context,
+    parts: &Parts,
+    caller: &Caller,
+) -> Result<Option<(Session, StreamPlace)>, ApiError> {
+    let id = parts.headers.get(SESSION_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let session = match Session::open(id, caller, context.now.seconds(), &gateway.sealing) {
+        Some(session) => {
+            let mut tx = gateway.store.read().await.map_err(GatewayError::from)?;
+            let ended = store::is_used_up(&mut tx, &session.ended_id()).await.map_err(GatewayError::from)?;
+            (!ended).then_some(session)
+        }
+        None => None,
+    };
+    let place = match &session {
+        Some(session) => Some(gateway.stream_place(caller, Some(session))?),
+        None => None,
+    };
+    let refused =
+        || event(EventType::McpSessionRefused, &caller.agent_id, json!({ "request_id": context.request_id }));
+    let append = Append {
+        events: if session.is_some() { Vec::new() } else { vec![refused()] },
+        one_use: caller.one_use.clone(),
+        access_token: caller.access_token.clone(),
+        epoch: Some(caller.epoch),
+    };
+    if let Err(error) = gateway.journal.append(append).await {
+        return Err(gateway.refused(context, parts, error).await);
+    }
+    Ok(session.zip(place))
+}
+
+/// Tells a session on its GET stream what changes, until the stream ends.
+///
+/// Errors: the database.
+pub(super) async fn follow(
+    gateway: Arc<Gateway>,
+    asked: Asked,
+    caller: Caller,
+    (session, place): (Session, StreamPlace),
+    mut listener: Listener,
+) -> Result<Answers, ApiError> {
+    let speaker =
+        Speaker { revision: session.revision(), session: Some(session.clone()), streams: true, cold: false };
+    listener.logs = gateway.streams.logs(&session).await;
+    listener.session = Some(session);
+    listener.sealing = Some(Arc::clone(&gateway.sealing));
+    let listening = Gateway::session_stream(place);
+    gateway.listen(&asked, &caller, &speaker, listening, &listener).await?;
+    Ok(Answers { answers: Vec::new(), batch: false, cold: false, stateless: false, session_id: None })
 }
 
 impl Plan {
@@ -302,7 +361,11 @@ impl Gateway {
     }
 
     /// Reads the body and decides about each of its messages.
-    async fn plan(&self, asked: &Asked, caller: &Caller) -> Result<(Speaker, Vec<Plan>, bool), GatewayError> {
+    async fn plan(
+        self: &Arc<Self>,
+        asked: &Asked,
+        caller: &Caller,
+    ) -> Result<(Speaker, Vec<Plan>, bool), GatewayError> {
         let speaker = match self.speaker(asked, caller).await? {
             Ok(speaker) => speaker,
             Err(plan) => {
@@ -344,6 +407,17 @@ impl Gateway {
             plans.push(self.plan_message(asked, caller, &speaker, message).await?);
         }
         Ok((speaker, plans, batch))
+    }
+
+    /// Ends the sessions with servers that belong to a session of the caller's.
+    pub(super) async fn end_peer_sessions(&self, caller: &Caller, session: &str) -> Result<(), GatewayError> {
+        let mut tx = self.store.read().await?;
+        let servers = store::bound_servers(&mut tx, &self.holder(caller), SERVERS_MAX).await?;
+        drop(tx);
+        let links: Vec<Link> =
+            servers.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
+        self.peers.forget(&self.upstream, session, &links).await;
+        Ok(())
     }
 
     /// Who speaks, by the headers. Inside, the refusal of a revision or session that is none.
@@ -388,7 +462,7 @@ impl Gateway {
     }
 
     async fn plan_message(
-        &self,
+        self: &Arc<Self>,
         asked: &Asked,
         caller: &Caller,
         speaker: &Speaker,
@@ -422,12 +496,82 @@ impl Gateway {
                 self.plan_list(asked, caller, speaker, id, call, "resources", "resourceTemplates").await
             }
             "prompts/list" => self.plan_list(asked, caller, speaker, id, call, "prompts", "prompts").await,
-            "initialize" | "ping" | "logging/setLevel" | "server/discover" | "subscriptions/listen"
-                if !legacy || call.method == "server/discover" =>
+            "subscriptions/listen" if !legacy => self.plan_listen(caller, speaker, id, &call),
+            "logging/setLevel" if legacy => self.plan_set_level(asked, caller, speaker, id, call).await,
+            // Each belongs to the other revisions.
+            "initialize" | "ping" | "logging/setLevel" | "resources/subscribe" | "resources/unsubscribe"
+                if !legacy =>
             {
                 Ok(unknown_method(speaker, id, &call.method)?)
             }
+            "server/discover" | "subscriptions/listen" => Ok(unknown_method(speaker, id, &call.method)?),
             _ => self.plan_other(asked, caller, speaker, id, call).await,
+        }
+    }
+
+    fn plan_listen(
+        self: &Arc<Self>,
+        caller: &Caller,
+        speaker: &Speaker,
+        id: Id,
+        call: &Call,
+    ) -> Result<Plan, GatewayError> {
+        if !speaker.streams {
+            let error = RpcError::new(
+                code::INVALID_REQUEST,
+                "Invalid Request: what changes is told on a stream: accept text/event-stream",
+            );
+            return Ok(Plan::answer(Answer::Malformed(Some(id), error)));
+        }
+        match Wanted::read(call.params.as_deref()) {
+            Ok(wanted) => {
+                let place = self.stream_place(caller, None)?;
+                Ok(Plan::step(Step::Listen(Box::new(Listening { id: Some(id), wanted, _place: place }))))
+            }
+            Err(error) => Plan::error(&id, &error),
+        }
+    }
+
+    /// Which log messages a session hears is ours to keep; servers that keep it too are told.
+    async fn plan_set_level(
+        &self,
+        asked: &Asked,
+        caller: &Caller,
+        speaker: &Speaker,
+        id: Id,
+        call: Call,
+    ) -> Result<Plan, GatewayError> {
+        #[derive(Deserialize)]
+        struct Wanted {
+            level: String,
+        }
+        let servers = self.bound_servers(caller).await?;
+        let mut logging: Vec<Server> =
+            servers.into_iter().filter(|server| server.capabilities.contains_key("logging")).collect();
+        if logging.is_empty() {
+            return unknown_method(speaker, id, &call.method);
+        }
+        let wanted =
+            call.params.as_deref().and_then(|params| serde_json::from_str::<Wanted>(params.get()).ok());
+        let Some(level) = wanted.and_then(|wanted| Level::parse(&wanted.level)) else {
+            let error = RpcError::new(code::INVALID_PARAMS, "Invalid params: level is no log level");
+            return Plan::error(&id, &error);
+        };
+        if let Some(session) = &speaker.session {
+            self.streams.set_level(session, level).await;
+        }
+        logging.retain(|server| !server.revision.is_some_and(Revision::is_stateless));
+        let links: Vec<Link> =
+            logging.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
+        match <[Link; 1]>::try_from(links) {
+            Ok([link]) => {
+                self.plan_relay(asked, id, call, link, None, Some((caller, EventType::McpRequestForwarded)))
+            }
+            Err(links) => {
+                // To whom is not said, so to all; who does not answer stays as it is.
+                let gather = Gather { method: call.method, params: call.params, member: "", links };
+                Ok(Plan::step(Step::Gather(id, Box::new(gather))))
+            }
         }
     }
 
@@ -525,11 +669,16 @@ impl Gateway {
 
     /// What the caller's servers offer, of what we pass on.
     async fn capabilities(&self, caller: &Caller) -> Result<Map<String, Value>, GatewayError> {
-        let mut capabilities = Map::from_iter([("tools".to_owned(), json!({}))]);
+        let mut capabilities = Map::from_iter([("tools".to_owned(), json!({ "listChanged": true }))]);
         for server in self.bound_servers(caller).await? {
             for name in ["resources", "prompts", "completions", "logging"] {
-                if server.capabilities.contains_key(name) {
-                    capabilities.insert(name.to_owned(), json!({}));
+                let Some(offered) = server.capabilities.get(name) else { continue };
+                let ours = capabilities.entry(name).or_insert_with(|| match name {
+                    "resources" | "prompts" => json!({ "listChanged": true }),
+                    _ => json!({}),
+                });
+                if let (Some(ours), true) = (ours.as_object_mut(), offered["subscribe"] == true) {
+                    ours.insert("subscribe".to_owned(), Value::Bool(true));
                 }
             }
         }
@@ -537,7 +686,7 @@ impl Gateway {
     }
 
     /// The servers that the caller is bound to as a whole and has the capability for.
-    async fn bound_servers(&self, caller: &Caller) -> Result<Vec<Server>, GatewayError> {
+    pub(super) async fn bound_servers(&self, caller: &Caller) -> Result<Vec<Server>, GatewayError> {
         let mut tx = self.store.read().await?;
         let mut servers = store::bound_servers(&mut tx, &self.holder(caller), SERVERS_MAX).await?;
         servers.retain(|server| has_capability(caller, server.required_capability.as_deref()).is_ok());
@@ -545,7 +694,7 @@ impl Gateway {
     }
 
     /// The tools that the caller may call, each as registered or as approved, by name.
-    async fn list_tools(&self, caller: &Caller) -> Result<Vec<Box<RawValue>>, GatewayError> {
+    pub(super) async fn list_tools(&self, caller: &Caller) -> Result<Vec<Box<RawValue>>, GatewayError> {
         #[derive(serde::Serialize)]
         #[serde(rename_all = "camelCase")]
         struct Listed {
@@ -788,7 +937,7 @@ impl Gateway {
         match <[Link; 1]>::try_from(links) {
             Ok([link]) => self.plan_relay(asked, id, call, link, None, None),
             Err(links) => {
-                let gather = Gather { method: call.method, member, links };
+                let gather = Gather { method: call.method, params: None, member, links };
                 Ok(Plan::step(Step::Gather(id, Box::new(gather))))
             }
         }
@@ -812,13 +961,7 @@ impl Gateway {
             servers.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
         if links.len() > 1 {
             let Some((target, capability)) = target.as_deref().zip(capability) else {
-                return if call.method == "logging/setLevel" {
-                    // To whom is not said, so to all; who does not answer stays as it is.
-                    let gather = Gather { method: call.method, member: "", links };
-                    Ok(Plan::step(Step::Gather(id, Box::new(gather))))
-                } else {
-                    Ok(unknown_method(speaker, id, &call.method)?)
-                };
+                return unknown_method(speaker, id, &call.method);
             };
             links = self.owners(asked, caller, speaker, links, capability, target).await;
         }
@@ -846,7 +989,7 @@ impl Gateway {
     }
 
     /// Those of `links` whose server has the resource or prompt `target`.
-    async fn owners(
+    pub(super) async fn owners(
         &self,
         asked: &Asked,
         caller: &Caller,
@@ -944,6 +1087,11 @@ impl Gateway {
             Step::Forward(forward) => self.forward(caller, speaker, *forward).await,
             Step::Relay(relay) => self.relay(asked, caller, speaker, *relay, listener).await,
             Step::Gather(id, gather) => self.gather(asked, caller, speaker, id, *gather).await,
+            Step::Listen(listening) => {
+                let Some(id) = listening.id.clone() else { return Ok(Answer::Nothing) };
+                let ended = self.listen(asked, caller, speaker, *listening, listener).await?;
+                Ok(Answer::Under(id, Ok(ended)))
+            }
             Step::Cancel(key) => {
                 self.underway.cancel(&key);
                 Ok(Answer::Nothing)
@@ -981,6 +1129,7 @@ impl Gateway {
             Ok(result) => {
                 let (result, is_error) = as_tool_result(result)?;
                 note_outcome(&mut details, is_error.then_some("tool_error"));
+                note_statement(&mut details, &result);
                 Ok(finished(result, speaker.revision, false, false)?)
             }
             Err(error) => {
@@ -1006,6 +1155,14 @@ impl Gateway {
         let (place, cancelled) =
             self.underway.enter(speaker.session.as_ref().map(|session| request_key(session, &id)));
         listener.cancelled = cancelled;
+        listener.logs = match &speaker.session {
+            Some(session) => self.streams.logs(session).await,
+            None if speaker.revision.is_stateless() => {
+                let asked_for = protocol::meta(params.as_deref()).log_level;
+                asked_for.and_then(|level| Level::parse(&level)).map_or(Logs::None, Logs::From)
+            }
+            None => Logs::All,
+        };
         let trace = self.trace(asked, params.as_deref());
         let mirrored = asked
             .parts
@@ -1025,6 +1182,7 @@ impl Gateway {
             trace: &trace,
             // The SDK gives up after ten seconds.
             idle_timeout: if speaker.cold { timeout.min(CALL_TIMEOUT) } else { timeout },
+            revision: speaker.revision,
             listener,
         };
         let answered = self.peers.ask(&self.upstream, &link, &ask).await;
@@ -1041,8 +1199,9 @@ impl Gateway {
                     Err(to_raw_value(&RpcError::new(error.code(), error.to_string()))?)
                 } else {
                     note_outcome(&mut details, (tool.is_some() && is_error(&result)).then_some("tool_error"));
+                    note_statement(&mut details, &result);
                     let ours = link.server.revision.is_some_and(Revision::is_stateless);
-                    Ok(if ours { result } else { finished(result, speaker.revision, list, false)? })
+                    Ok(if ours { private(result)? } else { finished(result, speaker.revision, list, false)? })
                 }
             }
             Ok(Err(error)) => {
@@ -1102,12 +1261,16 @@ impl Gateway {
         gather: Gather,
     ) -> Result<Answer, GatewayError> {
         let trace = self.trace(asked, None);
-        let Gather { method, member, links } = gather;
-        let lists = links.iter().map(|link| self.pages(link, caller, speaker, &method, member, &trace));
-        let items: Vec<Box<RawValue>> = join_all(lists).await.into_iter().flatten().collect();
+        let Gather { method, params, member, links } = gather;
         if member.is_empty() {
+            let told = links
+                .iter()
+                .map(|link| self.tell_one(link, caller, speaker, &method, params.clone(), &trace));
+            join_all(told).await;
             return Ok(Answer::Under(id, Ok(jsonrpc::empty_object())));
         }
+        let lists = links.iter().map(|link| self.pages(link, caller, speaker, &method, member, &trace));
+        let items: Vec<Box<RawValue>> = join_all(lists).await.into_iter().flatten().collect();
         let list = to_raw_value(&json!({ member: items }))?;
         Ok(Answer::Under(id, Ok(finished(list, speaker.revision, true, true)?)))
     }
@@ -1126,17 +1289,8 @@ impl Gateway {
         let mut items = Vec::new();
         let mut params = json!({});
         for _page in 0..LIST_PAGES_MAX {
-            let ask = Ask {
-                method,
-                params: to_raw_value(&params).ok(),
-                name: None,
-                mirrored: Vec::new(),
-                key: self.session_key(caller, speaker, &link.server),
-                capabilities: client_capabilities(speaker),
-                trace,
-                idle_timeout: LIST_TIMEOUT,
-                listener: &listener,
-            };
+            let ask =
+                self.short_ask(link, caller, speaker, method, to_raw_value(&params).ok(), trace, &listener);
             let Ok(Ok(result)) = self.peers.ask(&self.upstream, link, &ask).await else { break };
             let mut next = None;
             for (name, value) in jsonrpc::members(&result) {
@@ -1154,9 +1308,52 @@ impl Gateway {
         items
     }
 
+    /// Tells one of several servers what concerns them all.
+    async fn tell_one(
+        &self,
+        link: &Link,
+        caller: &Caller,
+        speaker: &Speaker,
+        method: &str,
+        params: Option<Box<RawValue>>,
+        trace: &Trace,
+    ) {
+        let listener = Listener::default();
+        let ask = self.short_ask(link, caller, speaker, method, params, trace, &listener);
+        if let Err(error) = self.peers.ask(&self.upstream, link, &ask).await {
+            tracing::debug!(upstream = link.server.name, error = chain(&error), "mcp_server_not_told");
+        }
+    }
+
+    /// A request of which only the answer counts, and that soon.
+    #[expect(clippy::too_many_arguments, reason = "two call sites, and each is a different thing")]
+    fn short_ask<'a>(
+        &self,
+        link: &Link,
+        caller: &Caller,
+        speaker: &Speaker,
+        method: &'a str,
+        params: Option<Box<RawValue>>,
+        trace: &'a Trace,
+        listener: &'a Listener,
+    ) -> Ask<'a> {
+        Ask {
+            method,
+            params,
+            name: None,
+            mirrored: Vec::new(),
+            key: self.session_key(caller, speaker, &link.server),
+            capabilities: client_capabilities(speaker),
+            trace,
+            idle_timeout: LIST_TIMEOUT,
+            revision: speaker.revision,
+            listener,
+        }
+    }
+
     fn session_key(&self, caller: &Caller, speaker: &Speaker, server: &Server) -> SessionKey {
         SessionKey {
-            upstream: (server.upstream_id.clone(), server.updated_at.clone()),
+            upstream: server_key(server),
             caller: (caller.principal_type.clone(), canonical(&self.org_id, &caller.agent_id)),
             session: speaker.session.as_ref().map(|session| session.nonce.clone()),
         }
@@ -1178,7 +1375,7 @@ impl Gateway {
 }
 
 /// What the caller's own client can do for a server that is spoken to in its revision.
-fn client_capabilities(speaker: &Speaker) -> Map<String, Value> {
+pub(super) fn client_capabilities(speaker: &Speaker) -> Map<String, Value> {
     match &speaker.session {
         // Only who reads the stream hears a server's request.
         Some(session) if speaker.streams => session.capabilities.clone(),
@@ -1254,6 +1451,29 @@ fn finished(
     Ok(jsonrpc::object(&members)?)
 }
 
+/// A server's result without its leave to show it to others: who may see what it says is ours to decide, each time.
+fn private(result: Box<RawValue>) -> Result<Box<RawValue>, GatewayError> {
+    let private = to_raw_value("private")?;
+    let public = jsonrpc::members(&result)
+        .iter()
+        .any(|(name, value)| name == "cacheScope" && value.get() != private.get());
+    Ok(if public { jsonrpc::with_member(&result, "cacheScope", &private)? } else { result })
+}
+
+/// The event of a request that was refused before it could be served.
+fn refusal(asked: &Asked, caller: &Caller, error: &RpcError) -> Event {
+    let reason = match error.code {
+        _ if jsonrpc::is_deeper_than(&asked.body, jsonrpc::DEPTH_MAX) => "too_deep",
+        code::PARSE => "not_json",
+        code::HEADER_MISMATCH => "header_mismatch",
+        code::UNSUPPORTED_VERSION => "unsupported_version",
+        code::INVALID_PARAMS => "invalid_params",
+        _ => "invalid_request",
+    };
+    let details = json!({ "request_id": asked.context.request_id, "reason": reason });
+    event(EventType::McpRequestRefused, &caller.agent_id, details)
+}
+
 /// The result of `tools/call` and whether it says that the tool failed. A result with a `content` list passes
 /// untouched; anything else, which an MCP client could not read, becomes one block of text.
 fn as_tool_result(result: Box<RawValue>) -> Result<(Box<RawValue>, bool), GatewayError> {
@@ -1286,6 +1506,41 @@ fn note_outcome(details: &mut Value, failed: Option<&str>) {
     }
 }
 
+/// Copies what a tool states about itself for the audit log (wire contract §9): three texts under one name, somewhere in
+/// its result. It is the tool's word, so it stands apart from what we say.
+fn note_statement(details: &mut Value, result: &RawValue) {
+    /// Objects and arrays within each other that are looked into.
+    const DEPTH_MAX: usize = 8;
+    const NAME: &str = "_cullis_audit";
+    const BYTES_MAX: usize = 256;
+    fn find(value: &Value, depth: usize) -> Option<&Value> {
+        if depth > DEPTH_MAX {
+            return None;
+        }
+        match value {
+            Value::Object(members) => members
+                .get(NAME)
+                .filter(|found| found.is_object())
+                .or_else(|| members.values().find_map(|value| find(value, depth + 1))),
+            Value::Array(items) => items.iter().find_map(|value| find(value, depth + 1)),
+            _ => None,
+        }
+    }
+    // Most results have none, and are not read for it.
+    if !result.get().contains(NAME) {
+        return;
+    }
+    let Ok(value) = serde_json::from_str::<Value>(result.get()) else { return };
+    let Some(found) = find(&value, 1) else { return };
+    let text = |name: &str| found[name].as_str().map(|text| jsonrpc::shorten(text, BYTES_MAX));
+    if let (Some(action), Some(subject), Some(outcome)) = (text("action"), text("subject"), text("outcome"))
+        && let Some(details) = details.as_object_mut()
+    {
+        let statement = json!({ "action": action, "subject": subject, "outcome": outcome });
+        details.insert("tool_statement".to_owned(), statement);
+    }
+}
+
 fn note_failure(details: &mut Value, error: &UpstreamError) {
     let outcome = if matches!(error, UpstreamError::Cancelled) { "cancelled" } else { "error" };
     set(details, "outcome", outcome);
@@ -1300,4 +1555,35 @@ fn any_object_schema() -> Box<RawValue> {
 /// The tool's name as a label: what a caller made up would be a series of its own.
 fn known_tool<'a>(error: &GatewayError, name: &'a str) -> &'a str {
     if matches!(error, GatewayError::UnknownTool(_)) { "" } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn stated(result: &str) -> Value {
+        let mut details = json!({});
+        note_statement(&mut details, &RawValue::from_string(result.to_owned()).unwrap());
+        details["tool_statement"].clone()
+    }
+
+    #[test]
+    fn what_a_tool_states_is_copied_where_it_is_whole_and_not_too_deep() {
+        let statement = r#"{"action":"read","subject":"file","outcome":"done","more":1}"#;
+        let expected = json!({ "action": "read", "subject": "file", "outcome": "done" });
+        let nested = |depth: usize| {
+            let (open, close) = (r#"{"a":"#.repeat(depth), "}".repeat(depth));
+            format!(r#"{open}{{"_cullis_audit":{statement}}}{close}"#)
+        };
+        assert_eq!(stated(&nested(0)), expected);
+        assert_eq!(stated(&nested(7)), expected);
+        assert_eq!(stated(&nested(8)), Value::Null);
+        assert_eq!(
+            stated(r#"{"content":[{"_cullis_audit":{"action":"x","subject":1,"outcome":"y"}}]}"#),
+            Value::Null
+        );
+        assert_eq!(stated(r#"{"content":[{"text":"_cullis_audit"}]}"#), Value::Null);
+    }
 }

@@ -170,6 +170,8 @@ mod tests {
             one_use: Vec::new(),
             access_token: None,
             epoch: 0,
+            issued_at: UnixTime(1_000_000),
+            expires_at: UnixTime(1_000_900),
         }
     }
 

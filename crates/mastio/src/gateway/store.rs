@@ -670,6 +670,27 @@ pub(super) async fn update_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(
     .map(drop)
 }
 
+/// The sequence number of the newest event.
+pub(super) async fn newest_event(tx: &mut ReadTx) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT sequence FROM audit_head WHERE id = 1", &[]).await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
+}
+
+/// Whether an event after `seq` (exclusive) can have changed what somebody is offered, or ended somebody's standing.
+pub(super) async fn something_changed(tx: &mut ReadTx, seq: i64) -> Result<bool, StoreError> {
+    let row = tx
+        .row(
+            "SELECT seq FROM audit_events WHERE seq > $1 AND event_type IN ('mcp.resource_created', \
+             'mcp.resource_deleted', 'mcp.binding_created', 'mcp.binding_revoked', 'mcp.upstream_created', \
+             'mcp.upstream_changed', 'mcp.upstream_deleted', 'mcp.tools_discovered', 'mcp.tool_approved', \
+             'mcp.tool_blocked', 'mcp.tool_changed', 'agent.created', 'agent.deactivated', 'agent.reactivated', \
+             'agent.deleted', 'pki.certificate_revoked', 'auth.token_revoked', 'deploy.set_up') LIMIT 1",
+            values![seq],
+        )
+        .await?;
+    Ok(row.is_some())
+}
+
 /// Whether a session was ended.
 pub(super) async fn is_used_up(tx: &mut ReadTx, id: &str) -> Result<bool, StoreError> {
     let row = tx.row("SELECT jwt_id FROM used_jwt_ids WHERE jwt_id = $1", values![id]).await?;

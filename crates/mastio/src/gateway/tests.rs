@@ -160,8 +160,18 @@ impl Authenticate for FakeAuthenticate {
                 }],
                 access_token: None,
                 epoch: if stale { epoch - 1 } else { epoch },
+                issued_at: context.now.seconds(),
+                expires_at: context.now.seconds().plus(900),
             })
         })
+    }
+
+    fn standing<'a>(&'a self, caller: &'a Caller) -> BoxFuture<'a, Result<Option<Caller>, ApiError>> {
+        let capabilities =
+            self.capabilities.lock().unwrap().get(&caller.agent_id).cloned().unwrap_or_default();
+        let gone = capabilities.iter().any(|held| held == "gone");
+        let caller = (!gone).then(|| Caller { capabilities, ..caller.clone() });
+        Box::pin(async move { Ok(caller) })
     }
 }
 
@@ -211,12 +221,15 @@ impl World {
             authenticate: Arc::clone(&fake) as Arc<dyn Authenticate>,
             peers: Peers::default(),
             underway: Underway::default(),
+            streams: Streams::default(),
             schemas: Cache::new(SCHEMAS_MAX),
             rules: arc_swap::ArcSwap::default(),
             tool_limits: RateLimit::per_minute(0),
             urls: ExternalUrls::new(Some("https://mastio.example".to_owned()), vec!["localhost".to_owned()]),
             metrics: Arc::new(Metrics::new()),
         });
+        let follower = Arc::clone(&gateway);
+        tokio::spawn(async move { follower.follow_changes().await });
         let router = router(&gateway);
         let proofs = AtomicUsize::new(0);
         Self { gateway, router, fake, upstream, upstream_address, proofs, _directory: directory }
@@ -766,7 +779,7 @@ async fn every_upstream_failure_has_its_code_and_its_word_in_the_log() {
         ("403", -32002, "upstream_authentication_refused"),
         ("404", -32003, "upstream_status"),
         ("500", -32003, "upstream_status"),
-        ("redirect", -32003, "upstream_status"),
+        ("redirect", -32003, "upstream_redirect"),
         ("garbage", -32003, "upstream_answer_unreadable"),
         ("empty", -32003, "upstream_answer_unreadable"),
         ("no-result", -32003, "upstream_answer_unreadable"),

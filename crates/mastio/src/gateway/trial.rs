@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::definition::{self, sha256_hex};
 use super::jsonrpc::{self, DEPTH_MAX};
 use super::peer::{Ask, Listener, SessionKey};
+use super::protocol::Revision;
 use super::trace::Trace;
 use super::{Gateway, GatewayError, event};
 
@@ -86,6 +87,7 @@ impl Gateway {
             capabilities: Map::new(),
             trace: &trace,
             idle_timeout: timeout.min(TIMEOUT_MAX),
+            revision: Revision::NEWEST_WITH_SESSIONS,
             listener: &listener,
         };
         let begun = Instant::now();

@@ -82,6 +82,9 @@ pub enum UpstreamError {
     /// The upstream server refused our credential.
     #[error("upstream server refused our credential (HTTP {0})")]
     Authentication(u16),
+    /// The upstream server sent us elsewhere, where nobody has checked the address.
+    #[error("upstream server answered with a redirect (HTTP {0}), which is not followed")]
+    Redirect(u16),
     /// The upstream server answered with another status than success.
     #[error("upstream server answered HTTP {0}")]
     Status(u16),
@@ -115,7 +118,11 @@ impl UpstreamError {
             | Self::Unreachable(_)
             | Self::Timeout => code::UNREACHABLE,
             Self::Credential | Self::Authentication(_) => code::UPSTREAM_AUTHENTICATION,
-            Self::Status(_) | Self::TooLarge | Self::Garbage(_) | Self::Answered { .. } => code::TOOL_ERROR,
+            Self::Redirect(_)
+            | Self::Status(_)
+            | Self::TooLarge
+            | Self::Garbage(_)
+            | Self::Answered { .. } => code::TOOL_ERROR,
         }
     }
 
@@ -133,6 +140,7 @@ impl UpstreamError {
             Self::Timeout => "upstream_timeout",
             Self::Credential => "upstream_credential_missing",
             Self::Authentication(_) => "upstream_authentication_refused",
+            Self::Redirect(_) => "upstream_redirect",
             Self::Status(_) => "upstream_status",
             Self::TooLarge => "upstream_answer_too_large",
             Self::Garbage(_) => "upstream_answer_unreadable",
@@ -434,6 +442,26 @@ impl Upstream {
         tokio::time::timeout(CALL_TIMEOUT, answer).await.map_err(|_| UpstreamError::Timeout)?
     }
 
+    /// Opens the stream on which a server speaks by itself. `timeout` is for its first sign only.
+    ///
+    /// Errors: as [`Upstream::post`], and [`UpstreamError::Timeout`].
+    pub async fn listen(
+        &self,
+        endpoint: &Endpoint,
+        client: Option<&Client>,
+        headers: HeaderMap,
+        timeout: Duration,
+    ) -> Result<Incoming, UpstreamError> {
+        let sent = self
+            .client(endpoint, client)
+            .get(endpoint.url.clone())
+            .header(header::ACCEPT, "text/event-stream")
+            .headers(headers)
+            .send();
+        let response = tokio::time::timeout(timeout, sent).await.map_err(|_| UpstreamError::Timeout)?;
+        Incoming::of(response.map_err(unreachable)?)
+    }
+
     /// Ends a session at the server. Nobody waits for what it says.
     pub async fn delete(&self, endpoint: &Endpoint, client: Option<&Client>, headers: HeaderMap) {
         let sent = self.client(endpoint, client).delete(endpoint.url.clone()).headers(headers).send();
@@ -518,6 +546,7 @@ impl Incoming {
     pub fn is_success(&self) -> Result<(), UpstreamError> {
         match self.status() {
             200..=299 => Ok(()),
+            redirect @ 300..=399 => Err(UpstreamError::Redirect(redirect)),
             refused @ (401 | 403) => Err(UpstreamError::Authentication(refused)),
             other => Err(UpstreamError::Status(other)),
         }

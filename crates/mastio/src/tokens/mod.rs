@@ -129,6 +129,10 @@ pub struct TokenCaller {
     pub jwt_id: String,
     /// The epoch at which this was judged.
     pub epoch: i64,
+    /// When the token was issued.
+    pub issued_at: UnixTime,
+    /// Until when it is good (exclusive).
+    pub expires_at: UnixTime,
 }
 
 impl Tokens {
@@ -361,7 +365,32 @@ impl Tokens {
         };
         let (agent, epoch) = self.agents.token_holder(&claims.subject, claims.issued_at).await?;
         self.agents.admit(&agent.agent_id, context)?;
-        Ok(TokenCaller { agent, one_use, jwt_id: claims.jwt_id.clone(), epoch })
+        Ok(TokenCaller {
+            agent,
+            one_use,
+            jwt_id: claims.jwt_id.clone(),
+            epoch,
+            issued_at: claims.issued_at,
+            expires_at: claims.expires_at,
+        })
+    }
+
+    /// The agent for whom a token was issued at `issued_at`, as it stands now. Absent where it would not be let in.
+    ///
+    /// Errors: [`TokenEndpointError`] where that cannot be said.
+    pub async fn holder(
+        &self,
+        agent_id: &str,
+        issued_at: UnixTime,
+    ) -> Result<Option<Arc<Agent>>, TokenEndpointError> {
+        match self.agents.token_holder(agent_id, issued_at).await {
+            Ok((agent, _)) => Ok(Some(agent)),
+            Err(
+                crate::enrollment::IdentityError::UnknownOrInactive
+                | crate::enrollment::IdentityError::TokenRevoked,
+            ) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Establishes the caller of a request that only reads, and uses its proof up.

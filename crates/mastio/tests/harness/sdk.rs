@@ -11,7 +11,8 @@ use super::required_environment;
 /// The name of the upstream's one tool.
 pub const TOOL: &str = "echo";
 
-fn judges() -> PathBuf {
+/// The folder of the judges.
+pub fn judges() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../judges")
 }
 
@@ -34,14 +35,15 @@ impl Python {
 }
 
 /// A program of the judges' that we speak to by lines. Its input stays open as long as this lives, and ends it.
-struct Program {
+pub struct Program {
     child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
 }
 
 impl Program {
-    fn start(interpreter: &str, script: &str, arguments: &[&str]) -> Self {
+    /// Starts a script of `judges/`, that dies with the test.
+    pub fn start(interpreter: &str, script: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(interpreter).arg(judges().join(script));
         // Nothing of the machine's may lead the SDK elsewhere.
@@ -54,7 +56,8 @@ impl Program {
         Self { child, input, output }
     }
 
-    fn read(&mut self) -> Value {
+    /// The next line that it says.
+    pub fn read(&mut self) -> Value {
         let mut line = String::new();
         self.output.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("the program said {line:?}: {error}"))
