@@ -15,6 +15,7 @@ use axum::routing::{delete, get, post};
 
 use mastio_core::error::Kind;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -161,7 +162,7 @@ fn written(answer: Answer, cold: bool, stateless: bool) -> (StatusCode, Vec<u8>)
         Answer::Missing(id, error) => (StatusCode::NOT_FOUND, jsonrpc::write_error(id.as_ref(), &error)),
         Answer::Under(id, outcome) => {
             let status = match &outcome {
-                Err(error) if stateless => protocol::status_of(error),
+                Err(error) if stateless => status_of(error),
                 _ => StatusCode::OK,
             };
             (status, jsonrpc::write(Some(&id), outcome.as_deref().map_err(AsRef::as_ref)))
@@ -169,6 +170,23 @@ fn written(answer: Answer, cold: bool, stateless: bool) -> (StatusCode, Vec<u8>)
     };
     let text = text.or_else(|_| jsonrpc::write_error(None, &internal_error())).unwrap_or_default();
     (status, text)
+}
+
+/// The HTTP status of a 2026-07-28 answer with this error.
+fn status_of(error: &RawValue) -> StatusCode {
+    #[derive(Deserialize)]
+    struct Coded {
+        code: i64,
+    }
+    match serde_json::from_str::<Coded>(error.get()).map(|error| error.code) {
+        Ok(jsonrpc::code::METHOD_NOT_FOUND) => StatusCode::NOT_FOUND,
+        Ok(
+            jsonrpc::code::HEADER_MISMATCH
+            | jsonrpc::code::MISSING_CAPABILITY
+            | jsonrpc::code::UNSUPPORTED_VERSION,
+        ) => StatusCode::BAD_REQUEST,
+        _ => StatusCode::OK,
+    }
 }
 
 fn render(answers: Answers) -> Response {

@@ -5,7 +5,7 @@
 //! of 2026-07-28 carries its revision and capabilities in every request, mirrored in headers that must agree.
 //! Source: MCP 2026-07-28, base protocol and Streamable HTTP; the transports pages of the revisions before.
 
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
@@ -315,22 +315,6 @@ pub fn encoded(value: &str) -> Option<HeaderValue> {
         return HeaderValue::from_str(value).ok();
     }
     HeaderValue::from_str(&format!("=?base64?{}?=", STANDARD.encode(value))).ok()
-}
-
-/// The HTTP status of a 2026-07-28 answer with this error.
-#[must_use]
-pub fn status_of(error: &RawValue) -> StatusCode {
-    #[derive(Deserialize)]
-    struct Coded {
-        code: i64,
-    }
-    match serde_json::from_str::<Coded>(error.get()).map(|error| error.code) {
-        Ok(code::METHOD_NOT_FOUND) => StatusCode::NOT_FOUND,
-        Ok(code::HEADER_MISMATCH | code::MISSING_CAPABILITY | code::UNSUPPORTED_VERSION) => {
-            StatusCode::BAD_REQUEST
-        }
-        _ => StatusCode::OK,
-    }
 }
 
 /// Whether the caller says that it reads event streams. `*/*` does not say so: the SDK sends it and reads none.
