@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::jsonrpc;
 use super::policy::{NewRule, Rules, Subject, Verdict};
 use super::servers::{Server, Tool};
-use super::{Caller, Gateway, GatewayError, arguments, canonical, definition, store};
+use super::{Caller, Gateway, GatewayError, Holder, arguments, canonical, definition, store};
 use crate::http::error::ApiError;
 
 /// Rows of an answer to who may call what.
@@ -193,7 +193,7 @@ impl Gateway {
     ) -> Result<Access, ApiError> {
         let agent_id = canonical(&self.org_id, agent_id);
         let mut access = Access { agent_id: agent_id.clone(), tool: tool.to_owned(), ..Access::default() };
-        let Some((principal_type, capabilities)) = self.authenticate.agent(&agent_id).await? else {
+        let Some(Holder { principal_type, capabilities }) = self.authenticate.agent(&agent_id).await? else {
             access.reason = "unknown_or_inactive_agent".to_owned();
             access.message = Some("there is no active agent of this id".to_owned());
             return Ok(access);

@@ -6,7 +6,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
 use futures_util::future::BoxFuture;
 
-use super::{Authenticate, Caller};
+use super::{Authenticate, Caller, Holder};
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::urls::ExternalUrls;
@@ -98,13 +98,13 @@ impl Authenticate for TokenCallers {
         })
     }
 
-    fn agent<'a>(
-        &'a self,
-        agent_id: &'a str,
-    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>> {
+    fn agent<'a>(&'a self, agent_id: &'a str) -> BoxFuture<'a, Result<Option<Holder>, ApiError>> {
         Box::pin(async move {
             let agent = self.tokens.agent(agent_id).await?.filter(|agent| agent.is_active);
-            Ok(agent.map(|agent| (agent.principal_type.clone(), agent.capabilities.clone())))
+            Ok(agent.map(|agent| Holder {
+                principal_type: agent.principal_type.clone(),
+                capabilities: agent.capabilities.clone(),
+            }))
         })
     }
 

@@ -114,6 +114,15 @@ pub struct Caller {
     pub expires_at: UnixTime,
 }
 
+/// What decides about an agent's calls besides its bindings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// `agent`, `user` or `workload`.
+    pub principal_type: String,
+    /// What it has.
+    pub capabilities: Vec<String>,
+}
+
 /// Judges who calls. Implemented by the capability that owns access tokens.
 pub trait Authenticate: Send + Sync {
     /// Turns the credentials of a request into a [`Caller`]. Does not use up the proof: the gateway does, in the
@@ -138,11 +147,10 @@ pub trait Authenticate: Send + Sync {
         Box::pin(std::future::ready(error))
     }
 
-    /// The type and the capabilities of an active agent, for whoever asks what it may. Absent for nobody.
-    fn agent<'a>(
-        &'a self,
-        agent_id: &'a str,
-    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>>;
+    /// An active agent, for whoever asks what it may. Absent for nobody.
+    ///
+    /// Errors: [`ApiError`] where that cannot be said.
+    fn agent<'a>(&'a self, agent_id: &'a str) -> BoxFuture<'a, Result<Option<Holder>, ApiError>>;
 
     /// The caller as it stands now, while a stream of its stays open. Absent for one who would not be let in any more.
     ///

@@ -122,12 +122,9 @@ pub(super) struct FakeAuthenticate {
 }
 
 impl Authenticate for FakeAuthenticate {
-    fn agent<'a>(
-        &'a self,
-        agent_id: &'a str,
-    ) -> BoxFuture<'a, Result<Option<(String, Vec<String>)>, ApiError>> {
-        let held = self.capabilities.lock().unwrap().get(agent_id).cloned().unwrap_or_default();
-        Box::pin(std::future::ready(Ok(Some(("agent".to_owned(), held)))))
+    fn agent<'a>(&'a self, agent_id: &'a str) -> BoxFuture<'a, Result<Option<Holder>, ApiError>> {
+        let capabilities = self.capabilities.lock().unwrap().get(agent_id).cloned().unwrap_or_default();
+        Box::pin(std::future::ready(Ok(Some(Holder { principal_type: "agent".to_owned(), capabilities }))))
     }
 
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>> {
