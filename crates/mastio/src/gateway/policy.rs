@@ -268,7 +268,7 @@ impl Rules {
 
     /// Judges a call.
     ///
-    /// Errors: [`GatewayError::Policy`] when the rules cannot be asked at all.
+    /// Errors: [`GatewayError::PolicyFailed`] when the rules cannot be asked at all.
     pub async fn judge(&self, subject: &Subject<'_>) -> Result<Verdict, GatewayError> {
         if self.compiled.is_empty() {
             return Ok(Verdict::by_binding());
