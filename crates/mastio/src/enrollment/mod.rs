@@ -337,6 +337,11 @@ impl Agents {
     }
 }
 
+/// What time alone changes, and no epoch tells: the certificate's own end, and that of the grace of a former one.
 fn still_valid(proven: &ProvenAgent, now: UnixTime) -> bool {
-    proven.certificate.not_before() <= now && now < proven.certificate.not_after()
+    let ProvenAgent { agent, certificate, .. } = proven;
+    let is_present = || agent.leaf.as_ref().is_some_and(|leaf| leaf.der() == certificate.der());
+    certificate.not_before() <= now
+        && now < certificate.not_after()
+        && (agent.previous_until.is_none_or(|until| now < until) || is_present())
 }

@@ -873,7 +873,13 @@ async fn a_credential_is_sealed_sent_and_never_shown() {
         let mut changed = body;
         changed.as_object_mut().unwrap().remove("auth");
         let path = format!("/v1/admin/mcp-upstreams/{name}");
-        assert_eq!(world.admin_at(Method::PUT, &path, changed).await.0, StatusCode::OK);
+        assert_eq!(world.admin_at(Method::PUT, &path, changed.clone()).await.0, StatusCode::OK);
+        // And does not take it to another host.
+        let elsewhere = Fake::start(true).await;
+        changed["endpoint_url"] = json!(elsewhere.url());
+        let (status, refused) = world.admin_at(Method::PUT, &path, changed).await;
+        assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{refused}");
+        assert_eq!(elsewhere.seen.lock().unwrap().len(), 0);
         world.rpc("acme::a", &call_of(&format!("t_{name}"), "1")).await;
         assert_eq!(fake.calls()[1].0[expected.0], expected.1);
     }

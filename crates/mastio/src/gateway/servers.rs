@@ -271,7 +271,7 @@ impl Gateway {
         now: UnixTime,
         new: NewServer,
     ) -> Result<(Server, Option<Look>), GatewayError> {
-        self.check_server(&new)?;
+        self.check_server(&new, None)?;
         let upstream_id = self.entropy.uuid();
         let auth = new.auth.clone().unwrap_or(Auth::None);
         let server = self.server_row(upstream_id, &new, Some(&auth), now, None)?;
@@ -298,8 +298,8 @@ impl Gateway {
         id: &str,
         new: NewServer,
     ) -> Result<Server, GatewayError> {
-        self.check_server(&new)?;
         let known = self.server(id).await?;
+        self.check_server(&new, Some(&known))?;
         let row = self.server_row(known.upstream_id.clone(), &new, new.auth.as_ref(), now, Some(&known))?;
         let mut tx = self.store.write().await?;
         if row.name != known.name && store::server(&mut tx, &row.name).await?.is_some() {
@@ -348,7 +348,7 @@ impl Gateway {
         })
     }
 
-    fn check_server(&self, new: &NewServer) -> Result<(), GatewayError> {
+    fn check_server(&self, new: &NewServer, known: Option<&Server>) -> Result<(), GatewayError> {
         let mut problems = Vec::new();
         let mut expect = |holds: bool, field: &'static str, message: &str| {
             if !holds {
@@ -390,6 +390,17 @@ impl Gateway {
                 {
                     expect(false, "auth", message);
                 }
+                // Whoever may change an address may not read the credential, nor have it sent to a host of theirs.
+                let stays = |known: &Server| {
+                    let before = self.upstream.endpoint(&known.endpoint_url, &known.allowed_domains);
+                    before.is_ok_and(|before| before.has_same_origin(&endpoint))
+                };
+                expect(
+                    new.auth.is_some()
+                        || known.is_none_or(|known| known.credential_sealed.is_none() || stays(known)),
+                    "auth",
+                    "must be given again where the address moves to another host, port or scheme",
+                );
             }
         }
         if problems.is_empty() { Ok(()) } else { Err(GatewayError::Fields(problems)) }

@@ -214,6 +214,14 @@ pub struct Endpoint {
     authority: String,
 }
 
+impl Endpoint {
+    /// Whether both have one scheme, host and port.
+    #[must_use]
+    pub fn has_same_origin(&self, other: &Self) -> bool {
+        self.url.origin() == other.url.origin()
+    }
+}
+
 /// A place among the calls to one host. Held while the call is under way.
 #[derive(Debug)]
 pub struct Slot {
@@ -521,10 +529,9 @@ impl Incoming {
         if response.content_length().is_some_and(|bytes| bytes > ANSWER_BYTES_MAX as u64) {
             return Err(UpstreamError::TooLarge);
         }
-        let streamed =
-            response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(
-                |value| value.trim_start().to_ascii_lowercase().starts_with("text/event-stream"),
-            );
+        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let essence = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
+        let streamed = essence.eq_ignore_ascii_case("text/event-stream");
         Ok(Self {
             response,
             streamed,

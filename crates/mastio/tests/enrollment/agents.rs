@@ -121,6 +121,21 @@ fn a_new_grace_does_not_bring_back_what_is_past_an_earlier_one() {
 }
 
 #[test]
+fn a_grace_ends_also_where_nothing_else_changes() {
+    let deploy = fresh(Database::Sqlite);
+    let (_, cert_pem, key_pem) = managed(&deploy, "billing");
+    let former = Identity::new(&deploy, "former", &cert_pem, &key_pem);
+    let present_pem = former.request(&deploy, "/v1/agents/renew", &["-X", "POST"]).expect(200);
+    let present = Identity::new(&deploy, "present", present_pem["cert_pem"].as_str().unwrap(), &key_pem);
+    deploy.sql(
+        "UPDATE internal_agents SET previous_grace_period_expires_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now', '+5 seconds')",
+    );
+    former.challenge(&deploy).expect(200);
+    wait_for("the grace to end", || (former.challenge(&deploy).status == 401).then_some(()));
+    present.challenge(&deploy).expect(200);
+}
+
+#[test]
 fn agents_are_listed_a_page_at_a_time_and_by_the_end_of_their_certificate() {
     let mut deploy = fresh(Database::Sqlite);
     for name in ["a", "b", "c", "d"] {
