@@ -12,7 +12,6 @@ it lives through as an agent does.
     {"cmd":"login"}                  an explicit login with the agent's own key
     {"cmd":"list"}                   the tools, as the SDK returns them
     {"cmd":"call","tool":NAME,"arguments":{}}
-    {"cmd":"policy","tool":NAME}     may this agent call it, as the SDK asks
     {"cmd":"public-key","agent_id":ID}
     {"cmd":"peers"}
     {"cmd":"models"}
@@ -97,11 +96,6 @@ class Story:
 
     def call(self, request):
         return self.client.call_mcp_tool(request["tool"], request.get("arguments") or {})
-
-    def policy(self, request):
-        return self.client.evaluate_tool_call_policy(
-            principal_id=request["agent_id"], principal_type="agent", tool_name=request["tool"]
-        )
 
     def public_key(self, request):
         return self.client.get_agent_public_key_via_egress(request["agent_id"])

@@ -151,7 +151,8 @@ fn the_unmodified_sdk_lists_calls_and_asks_for_a_decision(database: Database) {
     // The predecessor's kind of tool is sent under its own name, which this server does not have.
     let raised = agent.ask(&json!({ "cmd": "call", "tool": "old", "arguments": {} })).unwrap_err();
     assert!(raised.text.contains("Unknown tool: old"), "{raised:?}");
-    let decided = agent.ask(&json!({ "cmd": "policy", "tool": TOOL, "agent_id": alice.id })).unwrap();
+    let decided =
+        agent.ask(&json!({ "cmd": "policy", "tool_name": TOOL, "principal_id": alice.id })).unwrap();
     assert_eq!(decided["allowed"], true, "{decided}");
     let outcome = world.last("mcp.tool_called");
     assert_eq!((&outcome["tool"], &outcome["reason"]), (&json!("old"), &json!("upstream_error")));
