@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::Failure;
 use crate::client::{Connection, Target};
-use crate::load::{self, Load, Prepared};
+use crate::load::{self, Load};
 use crate::server::{ADMIN_SECRET, Deploy, Server};
 
 /// Streams that are opened.
@@ -89,35 +89,11 @@ async fn through(
     }
     let each = (MOST_PER_S * lasting.as_secs_f64()) as usize / connections + 1;
     let body = call().to_string();
-    let cores = std::thread::available_parallelism()?.get();
-    let mut prepared = Vec::new();
-    std::thread::scope(|scope| {
-        let body = &body;
-        let workers: Vec<_> = agents
-            .chunks(connections.div_ceil(cores))
-            .map(|chunk| {
-                scope.spawn(move || -> Result<Vec<Prepared>, Failure> {
-                    chunk
-                        .iter()
-                        .map(|(agent, target)| {
-                            let requests = (0..each)
-                                .map(|_| {
-                                    let (authorization, proof) = agent.prepare_call()?;
-                                    let headers =
-                                        [("authorization", authorization.as_str()), ("dpop", proof.as_str())];
-                                    Ok(target.request("POST", "/v1/mcp", &headers, body))
-                                })
-                                .collect::<Result<Vec<_>, Failure>>()?;
-                            Ok((target.clone(), requests))
-                        })
-                        .collect()
-                })
-            })
-            .collect();
-        for worker in workers {
-            prepared.extend(worker.join().map_err(|_| "a worker panicked")??);
-        }
-        Ok::<_, Failure>(())
+    let connections: Vec<_> = agents.iter().map(|(agent, target)| (agent, target)).collect();
+    let prepared = load::prepare(&connections, each, |agent, target| {
+        let (authorization, proof) = agent.prepare_call()?;
+        let headers = [("authorization", authorization.as_str()), ("dpop", proof.as_str())];
+        Ok(target.request("POST", "/v1/mcp", &headers, &body))
     })?;
     load::measure(server, prepared, lasting).await
 }

@@ -68,6 +68,30 @@ pub fn agent(deploy: &Deploy, server: &Server, files: &AgentFiles) -> Result<Age
     )?)
 }
 
+/// Signs `each` requests of every connection, on all cores, so that the proofs are young when they are used.
+pub fn prepare(
+    connections: &[(&AgentClient, &Target)],
+    each: usize,
+    request: impl Fn(&AgentClient, &Target) -> Result<Vec<u8>, Failure> + Sync,
+) -> Result<Vec<Prepared>, Failure> {
+    let cores = std::thread::available_parallelism()?.get();
+    let request = &request;
+    std::thread::scope(|scope| {
+        let sign = |(agent, target): &(&AgentClient, &Target)| -> Result<Prepared, Failure> {
+            Ok(((*target).clone(), (0..each).map(|_| request(agent, target)).collect::<Result<_, _>>()?))
+        };
+        let workers: Vec<_> = connections
+            .chunks(connections.len().div_ceil(cores))
+            .map(|chunk| scope.spawn(move || chunk.iter().map(sign).collect::<Result<Vec<_>, Failure>>()))
+            .collect();
+        let mut prepared = Vec::new();
+        for worker in workers {
+            prepared.extend(worker.join().map_err(|_| "a worker panicked")??);
+        }
+        Ok(prepared)
+    })
+}
+
 /// Token mints. Assertions and proofs are signed beforehand, `most_per_s` a second at most.
 pub async fn mints(
     deploy: &Deploy,
@@ -79,39 +103,14 @@ pub async fn mints(
     let each = (most_per_s * lasting.as_secs_f64()) as usize / connections + 1;
     let agents =
         deploy.files.iter().map(|files| agent(deploy, server, files)).collect::<Result<Vec<_>, _>>()?;
-    let cores = std::thread::available_parallelism()?.get();
     let targets: Vec<Target> =
         (0..deploy.files.len()).map(|index| target(deploy, server, index)).collect::<Result<_, _>>()?;
-    // Signed on all cores, so that the proofs are young when they are used.
-    let mut prepared: Vec<(Target, Vec<Vec<u8>>)> = Vec::new();
-    let indexes: Vec<usize> = (0..connections).collect();
-    let (agents, targets) = (&agents, &targets);
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = indexes
-            .chunks(connections.div_ceil(cores))
-            .map(|chunk| {
-                scope.spawn(move || -> Result<Vec<Prepared>, Failure> {
-                    chunk
-                        .iter()
-                        .map(|index| {
-                            let (agent, target) =
-                                (&agents[index % agents.len()], &targets[index % targets.len()]);
-                            let requests = (0..each)
-                                .map(|_| {
-                                    let (proof, body) = agent.prepare()?.into_request();
-                                    Ok(target.request("POST", "/v1/auth/token", &[("dpop", &proof)], &body))
-                                })
-                                .collect::<Result<Vec<_>, Failure>>()?;
-                            Ok((target.clone(), requests))
-                        })
-                        .collect()
-                })
-            })
-            .collect();
-        for worker in workers {
-            prepared.extend(worker.join().map_err(|_| "a worker panicked")??);
-        }
-        Ok::<_, Failure>(())
+    let connections: Vec<_> = (0..connections)
+        .map(|index| (&agents[index % agents.len()], &targets[index % targets.len()]))
+        .collect();
+    let prepared = prepare(&connections, each, |agent, target| {
+        let (proof, body) = agent.prepare()?.into_request();
+        Ok(target.request("POST", "/v1/auth/token", &[("dpop", &proof)], &body))
     })?;
     measure(server, prepared, lasting).await
 }

@@ -274,6 +274,11 @@ impl Sent {
         self.fields.get(name).map_or("", |value| value.trim())
     }
 
+    /// What cannot be undone asks for the name of what it is done to.
+    fn names(&self, name: &str) -> Result<(), DashboardError> {
+        if self.field("confirm") == name { Ok(()) } else { Err(DashboardError::OtherName(name.to_owned())) }
+    }
+
     fn confirms(&self) -> Result<(), UpdateError> {
         if self.fields.get("confirm").is_some_and(|value| value == "yes") {
             Ok(())
@@ -693,9 +698,7 @@ async fn revoke_agent(
     Path(agent_id): Path<String>,
     sent: Sent,
 ) -> Shown {
-    if sent.field("confirm") != agent_id {
-        return Err(DashboardError::OtherName(agent_id).into());
-    }
+    sent.names(&agent_id)?;
     let reason = revocation_reason(Some(sent.field("reason")))?;
     let which = Which::Agent(agent_id.clone());
     dashboard.agents.revoke(&which, reason, &sent.session.actor).await?;
@@ -708,9 +711,7 @@ async fn delete_agent(
     Path(agent_id): Path<String>,
     sent: Sent,
 ) -> Shown {
-    if sent.field("confirm") != agent_id {
-        return Err(DashboardError::OtherName(agent_id).into());
-    }
+    sent.names(&agent_id)?;
     dashboard.agents.delete(&agent_id, &sent.session.actor).await?;
     Ok(see_other("/proxy/agents"))
 }
@@ -799,9 +800,7 @@ async fn delete_server(
     sent: Sent,
 ) -> Shown {
     let server = dashboard.gateway.server(&upstream_id).await?;
-    if sent.field("confirm") != server.name {
-        return Err(DashboardError::OtherName(server.name).into());
-    }
+    sent.names(&server.name)?;
     dashboard.gateway.delete_server(&sent.session.actor, &upstream_id).await?;
     Ok(see_other("/proxy/tools"))
 }
@@ -895,9 +894,7 @@ async fn show_overlap(State(dashboard): State<Arc<Dashboard>>, Viewer(session): 
 /// There is no way back: the form has to name the organisation.
 async fn settle_overlap(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
     let org_id = dashboard.pki().authority().org_id.clone();
-    if sent.field("confirm") != org_id {
-        return Err(DashboardError::OtherName(org_id).into());
-    }
+    sent.names(&org_id)?;
     let break_agents = sent.field("break_agents") == "yes";
     dashboard.health.updates.settle(break_agents, &sent.session.actor).await?;
     Ok(see_other("/proxy/pki"))
@@ -963,9 +960,7 @@ async fn deactivate_operator(
     Path(name): Path<String>,
     sent: Sent,
 ) -> Shown {
-    if sent.field("confirm") != name {
-        return Err(DashboardError::OtherName(name).into());
-    }
+    sent.names(&name)?;
     dashboard.operators.deactivate(&name, &sent.session.actor).await?;
     Ok(see_other("/proxy/operators"))
 }

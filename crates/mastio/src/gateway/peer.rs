@@ -380,7 +380,7 @@ impl Peers {
             return Ok(false);
         }
         incoming.is_success()?;
-        if !incoming.header("content-type").is_some_and(|kind| kind.contains("event-stream")) {
+        if !incoming.is_event_stream() {
             return Ok(false);
         }
         while let Some(data) = incoming.next().await? {
@@ -495,7 +495,7 @@ impl Peers {
                 };
                 let Ok(said) = serde_json::from_slice::<Said<'_>>(&data) else {
                     incoming.is_success()?;
-                    if incoming.header("content-type").is_some_and(|kind| kind.contains("event-stream")) {
+                    if incoming.is_event_stream() {
                         continue;
                     }
                     return Err(UpstreamError::Garbage("it is not JSON-RPC"));

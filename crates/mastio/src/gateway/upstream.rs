@@ -529,9 +529,7 @@ impl Incoming {
         if response.content_length().is_some_and(|bytes| bytes > ANSWER_BYTES_MAX as u64) {
             return Err(UpstreamError::TooLarge);
         }
-        let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let essence = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
-        let streamed = essence.eq_ignore_ascii_case("text/event-stream");
+        let streamed = is_event_stream(response.headers());
         Ok(Self {
             response,
             streamed,
@@ -547,6 +545,12 @@ impl Incoming {
     #[must_use]
     pub fn status(&self) -> u16 {
         self.response.status().as_u16()
+    }
+
+    /// Whether its messages are events, not its whole body.
+    #[must_use]
+    pub fn is_event_stream(&self) -> bool {
+        self.streamed
     }
 
     /// Errors: the status is none of success.
@@ -702,4 +706,32 @@ fn client(reach: Reach) -> Result<Client, GatewayError> {
             .with_no_client_auth();
         Ok(builder(reach).tls_backend_preconfigured(trusting_nobody).build()?)
     })
+}
+
+/// Whether the content type says that events follow, whatever its parameters say.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let essence = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("text/event-stream")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_stream_is_what_its_content_type_says_exactly() {
+        for (content_type, expected) in [
+            ("text/event-stream", true),
+            ("Text/Event-Stream; charset=utf-8", true),
+            ("text/event-streamX", false),
+            ("application/json", false),
+            ("application/x; a=text/event-stream", false),
+            ("", false),
+        ] {
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))]);
+            assert_eq!(is_event_stream(&headers), expected, "{content_type}");
+        }
+        assert!(!is_event_stream(&HeaderMap::new()));
+    }
 }

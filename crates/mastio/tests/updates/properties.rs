@@ -237,12 +237,9 @@ impl World {
         code: Option<i32>,
         point: Option<(&str, bool)>,
     ) {
-        if new.org_ca == old.org_ca {
-            assert_eq!(new, old, "an apply that did not take place changed something");
-            assert!(code.is_some() || point.is_some_and(|(_, new)| !new), "lost by a crash at {point:?}");
+        if !took_place(old, new, code, point) {
             return;
         }
-        assert!(code == Some(0) || point.is_some_and(|(_, new)| new), "{code:?} after a change at {point:?}");
         new.assert_repaired_from(old);
         (self.before, self.touched) = (Some(old.clone()), BTreeSet::new());
         assert_eq!(status(&self.deploy).as_deref(), Some("applied"));
@@ -256,12 +253,9 @@ impl World {
         code: Option<i32>,
         point: Option<(&str, bool)>,
     ) {
-        if new.org_ca == old.org_ca {
-            assert_eq!(new, old, "a rollback that did not take place changed something");
-            assert!(code.is_some() || point.is_some_and(|(_, new)| !new), "lost by a crash at {point:?}");
+        if !took_place(old, new, code, point) {
             return;
         }
-        assert!(code == Some(0) || point.is_some_and(|(_, new)| new), "{code:?} after a change at {point:?}");
         let before = self.before.take().expect("there is an apply to roll back");
         assert_eq!((&new.org_ca, &new.mastio_ca), (&before.org_ca, &before.mastio_ca));
         assert_eq!((&new.token_keys, &new.config), (&before.token_keys, &before.config));
@@ -326,6 +320,17 @@ impl World {
     fn set(&self, sql: &str) -> BTreeSet<String> {
         self.deploy.rows(sql).iter().map(|row| text(row, "f")).collect()
     }
+}
+
+/// Whether the run changed the state, after its exit code and the crash point have been held against that.
+fn took_place(old: &PkiState, new: &PkiState, code: Option<i32>, point: Option<(&str, bool)>) -> bool {
+    if new.org_ca == old.org_ca {
+        assert_eq!(new, old, "a run that did not take place changed something");
+        assert!(code.is_some() || point.is_some_and(|(_, new)| !new), "lost by a crash at {point:?}");
+        return false;
+    }
+    assert!(code == Some(0) || point.is_some_and(|(_, new)| new), "{code:?} after a change at {point:?}");
+    true
 }
 
 fn key(pem: &str) -> String {
