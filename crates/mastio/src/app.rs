@@ -56,7 +56,7 @@ use crate::updates::{self, UpdateError, Updates};
 /// How often the epoch in the database is looked at: how late an operator's SQL is seen at most.
 const EPOCH_POLL: Duration = Duration::from_millis(250);
 /// How often expired identifiers are forgotten.
-const FORGET_PERIOD: Duration = Duration::from_secs(60);
+const FORGET_PERIOD: Duration = Duration::from_secs(5);
 /// How often the refusals that have no event each are looked at.
 const SUMMARISE_PERIOD: Duration = Duration::from_secs(10);
 /// How often SQLite's log is emptied into its file.

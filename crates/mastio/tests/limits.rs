@@ -8,8 +8,8 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use harness::Deploy;
 use harness::forge::{Response, Wire};
+use harness::{Database, Deploy, wait_for};
 use serde_json::json;
 
 const JWKS: &str = "/.well-known/jwks-local.json";
@@ -126,6 +126,40 @@ fn who_is_slow_is_cut_and_everybody_else_is_served_meanwhile() {
     let answer = plain.raw(long.as_bytes());
     assert!(matches!(answer.status, 431 | 0), "{answer:?}");
     assert_eq!(deploy.get("/healthz").status, 200);
+}
+
+#[test]
+fn who_is_refused_before_the_body_is_there_reads_the_refusal_and_is_served_again() {
+    let (_deploy, plain, _agent) = deploy(&[]);
+    let mut stream = plain.connect();
+    let body = "x".repeat(100_000);
+    let head = format!("POST /v1/mcp HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut refusal = [0; 12];
+    stream.read_exact(&mut refusal).unwrap();
+    assert_eq!(std::str::from_utf8(&refusal), Ok("HTTP/1.1 401"));
+    stream.write_all(body.as_bytes()).unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    let rest = String::from_utf8_lossy(&rest);
+    assert!(rest.contains("HTTP/1.1 200"), "{rest}");
+}
+
+#[test]
+fn whatever_a_busy_time_leaves_is_forgotten_and_nothing_that_still_counts() {
+    for database in [Database::Sqlite, Database::Postgres] {
+        let mut deploy = Deploy::empty().on(database);
+        deploy.start();
+        deploy.sql(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200) \
+             INSERT INTO used_jwt_ids SELECT 'old' || i, 1 FROM n",
+        );
+        deploy.sql("INSERT INTO used_jwt_ids VALUES ('counts', 99999999999)");
+        wait_for("the end of what has expired", || {
+            (deploy.sql("SELECT jwt_id FROM used_jwt_ids") == "counts").then_some(())
+        });
+    }
 }
 
 #[test]

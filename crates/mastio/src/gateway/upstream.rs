@@ -729,7 +729,8 @@ mod tests {
             ("application/x; a=text/event-stream", false),
             ("", false),
         ] {
-            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))]);
+            let headers =
+                HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))]);
             assert_eq!(is_event_stream(&headers), expected, "{content_type}");
         }
         assert!(!is_event_stream(&HeaderMap::new()));
