@@ -2,6 +2,8 @@
 
     mcp_upstream.py [TOOL [FILE]]  the one tool's name, `echo` unless told; its description
                                    is what FILE holds at that moment
+    mcp_upstream.py TOOL "" CERT KEY CLIENT_CA
+                                   over TLS, to clients with a certificate of that CA alone
 
 Listens on a free port of 127.0.0.1, prints {"port":N,"url":…} as its first line and
 serves POST requests with plain JSON until stdin closes, so a test that dies takes
@@ -19,13 +21,14 @@ test asks with it what the gateway let through.
 import http.server
 import json
 import pathlib
+import ssl
 import sys
 import threading
 import time
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
 TOOL = sys.argv[1] if len(sys.argv) > 1 else "echo"
-DESCRIPTION = pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 else None
+DESCRIPTION = pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 and sys.argv[2] else None
 
 
 class Refused(Exception):
@@ -116,9 +119,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def main():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    scheme = "http"
+    if len(sys.argv) > 3:
+        cert, key, client_ca = sys.argv[3:6]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        context.load_verify_locations(client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        scheme = "https"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
-    print(json.dumps({"port": port, "url": f"http://127.0.0.1:{port}/mcp"}), flush=True)
+    print(json.dumps({"port": port, "url": f"{scheme}://127.0.0.1:{port}/mcp"}), flush=True)
     sys.stdin.read()
 
 

@@ -7,15 +7,15 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
+use axum::{Extension, Router};
 use mastio_core::error::Kind;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -28,7 +28,8 @@ use crate::enrollment::{self, Agents};
 use crate::entropy::Entropy;
 use crate::gateway::{self, Gateway};
 use crate::health::{self, Health};
-use crate::http::authn::AdminSecret;
+use crate::http::authn::{AdminCaller, AdminSecret};
+use crate::http::context::Context;
 use crate::http::error::{ApiError, chain, envelope};
 use crate::http::json::BODY_BYTES_MAX;
 use crate::http::limits::{self, RateLimit};
@@ -392,28 +393,8 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let hosts = names.dns.iter().cloned().chain(names.ips.iter().map(IpAddr::to_string)).collect();
     let urls = ExternalUrls::new(config.public_url.clone(), hosts);
     let stopping = Arc::new(AtomicBool::new(false));
-    let secrets: gateway::Secrets = Arc::new(crate::config::environment_secret);
-    let gateway = Arc::new(Gateway {
-        store: pki.store.clone(),
-        journal,
-        upstream: gateway::Upstream::new(&config.internal_host_allowlist, secrets)?,
-        org_id: pki.authority().org_id.clone(),
-        entropy: Arc::clone(&pki.entropy),
-        authenticate: Arc::new(gateway::TokenCallers::new(
-            Arc::clone(&tokens),
-            urls.clone(),
-            refusals.clone(),
-        )),
-        sealing: pki.shared_sealing(),
-        peers: gateway::Peers::default(),
-        underway: gateway::Underway::default(),
-        streams: gateway::Streams::default(),
-        schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
-        rules: arc_swap::ArcSwap::default(),
-        tool_limits: RateLimit::per_minute(0),
-        urls: urls.clone(),
-        metrics: Arc::clone(&metrics),
-    });
+    let gateway =
+        gateway(&pki, &config, journal, Arc::clone(&tokens), urls.clone(), refusals.clone(), &metrics)?;
 
     let listener = server::bind(config.listen)
         .await
@@ -498,6 +479,65 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     Ok(Running { address, url, stop, server, jobs, journal: journal_task, pki, stopping, gateway, deploy })
 }
 
+/// The gateway of a deploy.
+fn gateway(
+    pki: &Pki,
+    config: &Config,
+    journal: Journal,
+    tokens: Arc<Tokens>,
+    urls: ExternalUrls,
+    refusals: Refusals,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<Gateway>, AppError> {
+    let secrets: gateway::Secrets = Arc::new(crate::config::environment_secret);
+    Ok(Arc::new(Gateway {
+        store: pki.store.clone(),
+        journal,
+        upstream: gateway::Upstream::new(&config.internal_host_allowlist, secrets)?,
+        org_id: pki.authority().org_id.clone(),
+        entropy: Arc::clone(&pki.entropy),
+        authenticate: Arc::new(gateway::TokenCallers::new(tokens, urls.clone(), refusals)),
+        sealing: pki.shared_sealing(),
+        peers: gateway::Peers::default(),
+        underway: gateway::Underway::default(),
+        streams: gateway::Streams::default(),
+        schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
+        rules: arc_swap::ArcSwap::default(),
+        tool_limits: RateLimit::per_minute(0),
+        urls,
+        metrics: Arc::clone(metrics),
+    }))
+}
+
+/// The gateway's routes for a deploy without a server. Nobody is asked who they are: whoever has the database is let in
+/// as `admin`.
+pub(crate) async fn gateway_routes(
+    deploy: &Deploy,
+    config: &Config,
+    admin: AdminCaller,
+) -> Result<Router, AppError> {
+    let pki = &deploy.pki;
+    let metrics = Arc::new(Metrics::new());
+    let (journal, _nothing_waits) = Journal::start(pki.store.clone(), Box::new(|| {}));
+    let agents = Arc::new(Agents::new(Arc::clone(pki), RateLimit::per_minute(0)));
+    let nonces = Arc::new(DpopNonces::open(pki).await?);
+    let tokens = Arc::new(Tokens::new(agents, journal.clone(), nonces, config.dpop_nonce));
+    let urls = ExternalUrls::new(config.public_url.clone(), Vec::new());
+    let refusals = Refusals::new(journal.clone());
+    let gateway = gateway(pki, config, journal, tokens, urls, refusals, &metrics)?;
+    let now = pki.clock.now();
+    let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let context = Context {
+        request_id: pki.entropy.ulid(now),
+        now,
+        peer: here,
+        source: here.ip(),
+        client_certificate: None,
+        quotas: limits::Quotas::default(),
+    };
+    Ok(gateway::routes(gateway).layer(Extension(admin)).layer(Extension(context)))
+}
+
 /// Writes the refusals that were only counted, when their minute is over.
 fn summarise(refusals: Refusals, pki: Arc<Pki>) -> JoinHandle<()> {
     let mut ticks = tokio::time::interval(SUMMARISE_PERIOD);
@@ -515,7 +555,8 @@ fn follow_changes(gateway: Arc<Gateway>) -> JoinHandle<()> {
     tokio::spawn(async move { gateway.follow_changes().await })
 }
 
-/// Looks at every MCP server now and then: a definition that has changed is blocked before anybody calls it.
+/// Looks at every MCP server now and then: a definition that has changed is blocked before anybody calls it. Deletes what
+/// was kept of calls and is over its time.
 fn look_at_upstreams(gateway: Arc<Gateway>) -> JoinHandle<()> {
     tokio::spawn(async move {
         let mut ticks = tokio::time::interval(UPSTREAM_PERIOD);
@@ -523,6 +564,9 @@ fn look_at_upstreams(gateway: Arc<Gateway>) -> JoinHandle<()> {
         loop {
             ticks.tick().await;
             let now = gateway.store.clock().now().seconds();
+            if let Err(error) = gateway.delete_expired_evidence(now).await {
+                tracing::warn!(error = chain(&error), "mcp_evidence_not_deleted");
+            }
             gateway.look_at_all(now).await;
         }
     })

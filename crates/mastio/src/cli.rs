@@ -5,6 +5,7 @@
 //! HTTP API; [`table`] shows it to people, `--json` prints it as it is.
 
 mod admin;
+mod declare;
 mod fleet;
 mod gateway;
 mod local;
@@ -97,6 +98,9 @@ enum Command {
     /// Approve, block and bind tools, and say who may call what.
     #[command(subcommand)]
     Tools(gateway::ToolsCommand),
+    /// Export, compare and import MCP servers, bindings and policies as one YAML file.
+    #[command(subcommand)]
+    Gateway(declare::GatewayCommand),
     /// Save and test the policies that calls of tools go through.
     #[command(subcommand)]
     Policy(gateway::PolicyCommand),
@@ -493,6 +497,7 @@ async fn execute(command: Command) -> Result<(), Failure> {
         }
         Command::Upstreams(command) => gateway::upstreams(command).await,
         Command::Tools(command) => gateway::tools(command).await,
+        Command::Gateway(command) => declare::run(command).await,
         Command::Policy(command) => gateway::policy(command).await,
         Command::ResourceServers(command) => resource_servers::run(command).await,
         Command::Admin(command) => admin::execute(command).await,

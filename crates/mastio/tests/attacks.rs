@@ -702,11 +702,6 @@ fn tokens(world: &mut World) {
             world.forged(&key, &json!({}), &json!({ "iss": "cullis-mastio:other" })),
             "token_issuer",
         ),
-        (
-            "token: another scope",
-            world.forged(&key, &json!({}), &json!({ "scope": "local admin" })),
-            "token_scope",
-        ),
         ("token: typ at+jwt", world.forged(&key, &json!({ "typ": "at+jwt" }), &json!({})), "token_type"),
         (
             "token: bound to nothing",
@@ -773,6 +768,21 @@ fn tokens(world: &mut World) {
         let answer = world.use_token(&token, &proof(&token));
         world.refused(attack, MCP, &answer, 401, reason);
     }
+    // No other token would do better, so it is no 401, after which a client logs in again.
+    let token = world.forged(&key, &json!({}), &json!({ "scope": "local admin" }));
+    let answer = world.use_token(&token, &proof(&token));
+    world.refused("token: another scope", MCP, &answer, 403, "token_scope");
+    let challenge = answer.header("WWW-Authenticate").unwrap();
+    let expected = format!(
+        "error=\"insufficient_scope\", scope=\"local\", resource_metadata=\"{}\"",
+        world.url("/.well-known/oauth-protected-resource/v1/mcp")
+    );
+    assert!(challenge.contains(&expected), "{challenge}");
+    let expired = json!({ "scope": "admin", "iat": now() - 900, "exp": now() - 32 });
+    let token = world.forged(&key, &json!({}), &expired);
+    let answer = world.use_token(&token, &proof(&token));
+    world.refused("token: another scope, and expired", MCP, &answer, 401, "token_expired");
+    assert!(answer.header("WWW-Authenticate").unwrap().contains("error=\"invalid_token\", scope=\"local\""));
 }
 
 fn forms(world: &mut World) {

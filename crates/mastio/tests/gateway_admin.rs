@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 /// Runs `mastio … --json`. Gives its exit code and what it printed, or said.
 fn mastio(deploy: &Deploy, arguments: &[&str]) -> (i32, Value, String) {
-    let output = deploy.mastio(&[arguments, &["--json", "--url", &deploy.url()]].concat());
+    let output = deploy.mastio(&[arguments, &["--json"]].concat());
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let printed = serde_json::from_str(&text(&output.stdout)).unwrap_or_default();
     (output.status.code().unwrap(), printed, text(&output.stderr))
@@ -146,7 +146,7 @@ fn an_operator_s_way(database: Database) {
         (&["policy", "show", "limit"], "forbid"),
         (&["policy", "list"], "no policies"),
     ] {
-        let text = deploy.mastio_ok(&[arguments, &["--url", &deploy.url()]].concat());
+        let text = deploy.mastio_ok(arguments);
         assert!(text.contains(part), "{arguments:?}: {text}");
     }
     done(&deploy, &["upstreams", "remove", "echoes", "--yes"]);
@@ -161,4 +161,141 @@ fn an_operator_s_way_from_an_upstream_to_a_policy_on_sqlite() {
 #[test]
 fn an_operator_s_way_from_an_upstream_to_a_policy_on_two_replicas() {
     an_operator_s_way(Database::Postgres);
+}
+
+/// What `gateway export` wrote, with the credential that a file only refers to.
+fn with_secret(yaml: &str) -> String {
+    // HOME is in every environment, which is all that a secret needs to be here.
+    yaml.replace("auth_type: bearer", "auth_type: bearer\n  auth: { type: bearer, secret_env: HOME }")
+}
+
+fn one_file_carries_the_gateway(database: Database) {
+    let upstream = Upstream::start();
+    let mut first = Deploy::empty();
+    first.start();
+    done(&first, &["upstreams", "add", "echoes", "--endpoint", upstream.url(), "--bearer-env", "HOME"]);
+    let digest = done(&first, &["tools", "show", TOOL])["found_digest"].as_str().unwrap().to_owned();
+    done(&first, &["tools", "approve", TOOL, "--digest", &digest]);
+    done(&first, &["tools", "limit", TOOL, "--per-minute", "600", "--retention-days", "1"]);
+    done(&first, &["tools", "bind", "--upstream", "echoes", "--agent", "billing"]);
+    let cedar = file(&first, "limit.cedar", LIMIT);
+    done(&first, &["policy", "set", "limit", "--tool", TOOL, "--file", cedar.to_str().unwrap()]);
+    let yaml = first.mastio_ok(&["gateway", "export"]);
+    assert!(!yaml.contains(&std::env::var("HOME").unwrap()), "{yaml}");
+    first.stop();
+    // A stopped deploy answers in the command's own process.
+    assert_eq!(first.mastio_ok(&["gateway", "export"]), yaml);
+    assert_eq!(mastio(&first, &["tools", "bind", TOOL, "--agent", "other"]).0, 0);
+    assert_eq!(mastio(&first, &["tools", "bind", TOOL, "--agent", "other"]).0, 3);
+
+    let mut deploy = Deploy::empty().on(database);
+    deploy.start();
+    let import = |name: &str, text: &str, more: &[&str]| {
+        let path = file(&deploy, name, text);
+        mastio(&deploy, &[&["gateway", "import", path.to_str().unwrap()], more].concat())
+    };
+    let (code, _, said) = import("none.yaml", &yaml, &["--yes"]);
+    assert_eq!((code, said.contains("give it as auth")), (1, true), "{said}");
+    let yaml = with_secret(&yaml);
+    let (code, _, said) = import("unset.yaml", &yaml.replace("HOME", "NOT_SET_ANYWHERE"), &["--yes"]);
+    assert_eq!((code, said.contains("NOT_SET_ANYWHERE")), (2, true), "{said}");
+    let (code, _, said) = import("ask.yaml", &yaml, &[]);
+    assert_eq!((code, said.contains("add --yes")), (2, true), "{said}");
+    // A bad file changes nothing, and says where it is bad.
+    for (bad, place) in [
+        (yaml.replace("timeout_ms: 60000", "timeout_ms: soon"), "document.upstreams[0].timeout_ms"),
+        (yaml.replace("calls_per_minute:", "calls_a_minute:"), "calls_a_minute"),
+        (yaml.replace("endpoint_url: http", "endpoint_url: [http"), "line "),
+        (yaml.replace("agent: billing", "agent: bill ing"), "bill ing"),
+        (yaml.replace("forbid(", "forbit("), "limit"),
+        (yaml.replace("secret_env: HOME", "secret_env: MCP_PROXY_DB_ENCRYPTION_KEY"), "a setting of the Mastio"),
+    ] {
+        assert_ne!(bad, yaml);
+        let (code, _, said) = import("bad.yaml", &bad, &["--yes"]);
+        assert!(code != 0 && said.contains(place), "{code}: {said}, not {place}");
+    }
+    let path = file(&deploy, "gateway.yaml", &yaml);
+    let plan = done(&deploy, &["gateway", "plan", path.to_str().unwrap()]);
+    assert_eq!(plan["waits"].as_array().unwrap().len(), 2, "{plan}");
+    assert_eq!(import("moved.yaml", &yaml, &["--plan-digest", "00"]).0, 3);
+    assert_eq!(done(&deploy, &["upstreams", "list"]), json!([]));
+    assert_eq!(deploy.admin_get("/v1/admin/audit?event_type=mcp.config_imported").expect(200), json!([]));
+
+    // The server is looked at by the first import, and the second one does what waited.
+    for left in [2, 0] {
+        let (code, done, said) = import("gateway.yaml", &yaml, &["--yes"]);
+        assert_eq!((code, done["waits"].as_array().unwrap().len()), (0, left), "{said} {done}");
+    }
+    let events = || deploy.admin_get("/v1/admin/audit?limit=10000").expect(200).as_array().unwrap().len();
+    let before = events();
+    let (_, again, _) = import("gateway.yaml", &yaml, &["--yes", "--prune"]);
+    assert_eq!((&again["changes"], &again["waits"]), (&json!([]), &json!([])));
+    assert_eq!(events(), before);
+    // A plan shows what would change, and changes nothing.
+    let other = file(&deploy, "other.yaml", &yaml.replace("calls_per_minute: 600", "calls_per_minute: 30"));
+    let plan = deploy.mastio_ok(&["gateway", "plan", other.to_str().unwrap()]);
+    assert!(plan.contains("/calls_per_minute: 600 becomes 30"), "{plan}");
+    assert_eq!(events(), before);
+    let exported = deploy.mastio_ok(&["gateway", "export"]);
+    assert_eq!(with_secret(&exported), yaml);
+
+    let (agent_id, identity, ca) = agent(&deploy, "billing");
+    let mut client = Agent::open(Python::Plain, &deploy.url(), &agent_id, &identity, &ca);
+    client.call().unwrap();
+    client.call().unwrap();
+    assert!(client.call().unwrap_err().text.contains("denied by policy limit@1"));
+    // What the file asked to be kept is kept, and shown to an operator, one call at a time.
+    let kept = done(&deploy, &["tools", "evidence", "--tool", TOOL]);
+    assert_eq!(kept.as_array().unwrap().len(), 2, "{kept}");
+    let shown = done(&deploy, &["tools", "evidence", kept[1]["evidence_id"].as_str().unwrap()]);
+    assert_eq!(shown["arguments"], json!({ "text": "call 1" }));
+    let viewer = done(&deploy, &["admin", "add", "vera", "--role", "viewer"]);
+    let credential = format!("vera:{}", viewer["secret"].as_str().unwrap());
+    let path = format!("/v1/admin/mcp-evidence/{}", kept[1]["evidence_id"].as_str().unwrap());
+    assert_eq!(deploy.curl(&path, &["-H", &format!("X-Admin-Secret: {credential}")]).status, 403);
+    let read = deploy.admin_get("/v1/admin/audit?event_type=mcp.evidence_read").expect(200);
+    assert_eq!(read.as_array().unwrap().len(), 1, "{read}");
+    assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}
+
+#[test]
+fn one_file_carries_the_gateway_to_another_deploy_on_sqlite() {
+    one_file_carries_the_gateway(Database::Sqlite);
+}
+
+#[test]
+fn one_file_carries_the_gateway_to_another_deploy_on_postgres() {
+    one_file_carries_the_gateway(Database::Postgres);
+}
+
+fn a_client_certificate_is_shown_to_its_server(database: Database) {
+    let mut deploy = Deploy::empty().on(database);
+    deploy.start();
+    let make = "set -e; new='openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2'; \
+        $new -keyout ca.key -out ca.pem -subj /CN=ca; \
+        for name in server client; do $new -keyout $name.key -out $name.pem -subj /CN=$name -CA ca.pem -CAkey ca.key \
+        -addext basicConstraints=critical,CA:FALSE -addext subjectAltName=IP:127.0.0.1; done";
+    deploy.bash(make, &[]);
+    let path = |name: &str| deploy.folder().join(name).to_str().unwrap().to_owned();
+    let upstream = Upstream::locked([&path("server.pem"), &path("server.key"), &path("ca.pem")]);
+    let ca = path("ca.pem");
+    let add = ["upstreams", "add", "locked", "--endpoint", upstream.url(), "--ca-file", &ca];
+    let added = done(&deploy, &add);
+    assert_eq!((&added["found"], added["discovery_error"].is_string()), (&Value::Null, true), "{added}");
+    done(&deploy, &["upstreams", "remove", "locked", "--yes"]);
+    let text = |name: &str| fs::read_to_string(path(name)).unwrap();
+    let auth = json!({ "type": "mtls", "cert_pem": text("client.pem"), "key_pem": text("client.key") });
+    let auth = file(&deploy, "auth.json", &auth.to_string());
+    let added = done(&deploy, &[&add[..], &["--auth-file", auth.to_str().unwrap()]].concat());
+    assert_eq!(added["found"]["new"], json!([TOOL]), "{added}");
+}
+
+#[test]
+fn a_server_that_asks_for_a_client_certificate_gets_the_one_it_was_registered_with_on_sqlite() {
+    a_client_certificate_is_shown_to_its_server(Database::Sqlite);
+}
+
+#[test]
+fn a_server_that_asks_for_a_client_certificate_gets_the_one_it_was_registered_with_on_postgresql() {
+    a_client_certificate_is_shown_to_its_server(Database::Postgres);
 }

@@ -147,6 +147,12 @@ event_types! {
     McpPolicySaved = "mcp.policy_saved",
     /// A rule for calls of tools was deleted.
     McpPolicyDeleted = "mcp.policy_deleted",
+    /// A document with MCP servers, bindings and rules was taken up; its changes have events of their own.
+    McpConfigImported = "mcp.config_imported",
+    /// An operator read the kept arguments and result of a call.
+    McpEvidenceRead = "mcp.evidence_read",
+    /// Kept arguments and results were deleted because their time was over.
+    McpEvidenceDeleted = "mcp.evidence_deleted",
     /// An agent ended its MCP session.
     McpSessionEnded = "mcp.session_ended",
     /// A request was refused before it could be served: it is malformed, or its headers say otherwise than its body.

@@ -201,6 +201,53 @@ impl AccessTokenClaims {
     }
 }
 
+/// Seconds for which an upstream server may take our word for who calls.
+pub const CALLER_LIFETIME_S: i64 = 60;
+
+/// What an upstream server is told of who calls through the gateway: our word, for that server alone.
+///
+/// Not a credential of the agent's: it is of a type of its own, so nobody takes it for an access token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallerClaims {
+    /// The claim `iss`: `cullis-mastio:<org>`.
+    pub issuer: String,
+    /// The claim `aud`: the server's URL, or its token endpoint's.
+    pub audience: String,
+    /// The claim `sub`: the agent, `<org>::<name>`.
+    pub subject: String,
+    /// The claim `iat`. It expires [`CALLER_LIFETIME_S`] later.
+    pub issued_at: UnixTime,
+    /// The claim `jti`.
+    pub jwt_id: String,
+    /// The claim `principal_type`: `agent`, `user` or `workload`.
+    pub principal_type: String,
+    /// The claim `org`.
+    pub org: String,
+}
+
+impl CallerClaims {
+    /// The signing input: ES256 under the key named `kid`, which `/.well-known/jwks-local.json` has.
+    ///
+    /// Shape: as [`AccessTokenClaims::to_unsigned`].
+    /// Source: RFC 7519 §7.1; RFC 8725 §3.11 for the explicit type.
+    #[must_use]
+    pub fn to_unsigned(&self, kid: &str) -> String {
+        signing_input(
+            &json!({"alg": JwsAlgorithm::Es256.as_str(), "typ": "mastio-caller+jwt", "kid": kid}),
+            &json!({
+                "iss": self.issuer,
+                "aud": self.audience,
+                "sub": self.subject,
+                "iat": self.issued_at.0,
+                "exp": self.issued_at.plus(CALLER_LIFETIME_S).0,
+                "jti": self.jwt_id,
+                "principal_type": self.principal_type,
+                "org": self.org,
+            }),
+        )
+    }
+}
+
 /// An access token, parsed and not yet verified.
 #[derive(Debug, Clone)]
 pub struct UnverifiedAccessToken {
@@ -252,10 +299,6 @@ impl UnverifiedAccessToken {
             return Err(TokenError::Issuer);
         }
         let audience = text_claim(&claims, "aud", AUDIENCE_CHARACTERS_MAX).map_err(named("aud"))?;
-        let scope = text("scope")?;
-        if scope != ACCESS_TOKEN_SCOPE {
-            return Err(TokenError::Scope);
-        }
         let expires_at = time_claim(&claims, "exp").map_err(named("exp"))?;
         let issued_at = time_claim(&claims, "iat").map_err(named("iat"))?;
         if now >= expires_at.plus(LEEWAY_S) {
@@ -268,18 +311,20 @@ impl UnverifiedAccessToken {
         if !(1..=ACCESS_TOKEN_LIFETIME_S_MAX).contains(&lifetime_s) {
             return Err(TokenError::Lifetime { lifetime_s });
         }
-        Ok(AccessTokenClaims {
+        let token = AccessTokenClaims {
             issuer,
             audience,
             subject: text("sub")?,
-            scope,
+            scope: text("scope")?,
             issued_at,
             expires_at,
             jwt_id: text_claim(&claims, "jti", JTI_CHARACTERS_MAX).map_err(named("jti"))?,
             confirmation: Confirmation::from_claims(&claims)?,
             principal_type: text("principal_type")?,
             org: text("org")?,
-        })
+        };
+        // Last: only of a token that is valid otherwise is it said that its scope is not enough.
+        if token.scope == ACCESS_TOKEN_SCOPE { Ok(token) } else { Err(TokenError::Scope) }
     }
 }
 
@@ -341,6 +386,30 @@ mod tests {
 
     fn verify_at(text: &str, now: UnixTime) -> Result<AccessTokenClaims, TokenError> {
         UnverifiedAccessToken::parse(text)?.verify(&EC.public(), ISSUER, now)
+    }
+
+    #[test]
+    fn our_word_for_a_caller_is_no_access_token() {
+        let claims = CallerClaims {
+            issuer: ISSUER.to_owned(),
+            audience: "https://tools.example/mcp".to_owned(),
+            subject: "acme::a".to_owned(),
+            issued_at: NOW,
+            jwt_id: "0f0f".to_owned(),
+            principal_type: "agent".to_owned(),
+            org: "acme".to_owned(),
+        };
+        let word = EC.sign_input(&claims.to_unsigned("mastio-1"), false);
+        assert_eq!(UnverifiedAccessToken::parse(&word).unwrap_err(), TokenError::Type);
+        let jws = UnverifiedJws::parse(&word).unwrap();
+        assert_eq!(jws.unverified_header()["typ"], "mastio-caller+jwt");
+        assert_eq!(
+            Value::Object(jws.unverified_claims().unwrap()),
+            json!({
+                "iss": ISSUER, "aud": "https://tools.example/mcp", "sub": "acme::a", "iat": NOW.0,
+                "exp": NOW.0 + 60, "jti": "0f0f", "principal_type": "agent", "org": "acme",
+            })
+        );
     }
 
     #[test]

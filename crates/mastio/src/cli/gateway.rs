@@ -1,18 +1,23 @@
-//! `mastio upstreams`, `mastio tools`, `mastio policy`: each command is a request or two to the server.
+//! `mastio upstreams`, `mastio tools`, `mastio policy`: each command is a request or two to the
+//! server, or to its routes in this process.
 //!
 //! Secrets come from the environment or from a file, never from the command line, which others can read.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use reqwest::{Method, Url};
 use serde_json::{Map, Value, json};
 
-use super::remote::Remote;
-use super::{Failure, Target, Way, ask, read_text, show, table, way};
+use super::remote::{Remote, below};
+use super::{Failure, Target, Way, ask, local, read_text, show, table, way};
+use crate::config::Config;
+use crate::gateway::upstream;
 
 const UPSTREAMS: [&str; 3] = ["v1", "admin", "mcp-upstreams"];
 const TOOLS: [&str; 3] = ["v1", "admin", "mcp-tools"];
 const POLICIES: [&str; 3] = ["v1", "admin", "mcp-policies"];
+const EVIDENCE: [&str; 3] = ["v1", "admin", "mcp-evidence"];
 const RESOURCES: [&str; 3] = ["v1", "admin", "mcp-resources"];
 const BINDINGS: [&str; 4] = ["v1", "admin", "mcp-resources", "bindings"];
 
@@ -128,7 +133,7 @@ pub(super) enum ToolsCommand {
         #[command(flatten)]
         target: Target,
     },
-    /// Set what a tool asks of its callers; what is not named becomes none.
+    /// Set what a tool asks of its callers, and what is kept of their calls; what is not named becomes none.
     Limit {
         /// Its name or id.
         tool: String,
@@ -138,6 +143,9 @@ pub(super) enum ToolsCommand {
         /// How often one agent may call it.
         #[arg(long, value_name = "CALLS")]
         per_minute: Option<i64>,
+        /// For how many days its arguments and results are kept, sealed.
+        #[arg(long, value_name = "DAYS")]
+        retention_days: Option<i64>,
         #[command(flatten)]
         target: Target,
     },
@@ -161,6 +169,22 @@ pub(super) enum ToolsCommand {
         /// The agent, as NAME or ORG::NAME.
         #[arg(long, value_name = "AGENT")]
         agent: String,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// List calls of which arguments and results are kept, or show one of them. Each showing leaves an audit event.
+    Evidence {
+        /// The call to show, by its evidence_id.
+        id: Option<String>,
+        /// Only of this tool.
+        #[arg(long, value_name = "TOOL", conflicts_with = "id")]
+        tool: Option<String>,
+        /// Only of this agent.
+        #[arg(long, value_name = "AGENT", conflicts_with = "id")]
+        agent: Option<String>,
+        /// Those after this one in the list.
+        #[arg(long, value_name = "ID", conflicts_with = "id")]
+        after: Option<String>,
         #[command(flatten)]
         target: Target,
     },
@@ -271,19 +295,68 @@ pub(super) enum PolicyCommand {
     },
 }
 
-/// The server. What is behind the gateway is looked at over the network, so there has to be one.
-pub(super) fn server(target: &Target) -> Result<Remote, Failure> {
-    match way(target)? {
-        Way::Server(remote) => Ok(remote),
-        Way::InProcess(config) => Err(Failure::Usage(format!(
-            "no server holds {}: start it with `mastio serve`, or name another one's --url",
-            config.data_dir.display()
-        ))),
+/// The gateway's routes: those of a server, or the same in this process.
+pub(super) enum Api {
+    Server(Remote),
+    InProcess(Box<Config>),
+}
+
+pub(super) fn server(target: &Target) -> Result<Api, Failure> {
+    Ok(match way(target)? {
+        Way::Server(remote) => Api::Server(remote),
+        Way::InProcess(config) => Api::InProcess(config),
+    })
+}
+
+impl Api {
+    async fn ask(
+        &self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<Value, Failure> {
+        match self {
+            Self::Server(remote) => remote.ask(method, path, query, body).await,
+            Self::InProcess(config) => {
+                let base = Url::parse("https://localhost/")
+                    .map_err(|error| Failure::because("the request cannot be made", error))?;
+                let url = below(&base, path, query);
+                let path = match url.query() {
+                    Some(query) => format!("{}?{query}", url.path()),
+                    None => url.path().to_owned(),
+                };
+                local::ask_gateway(config, method, &path, body).await
+            }
+        }
+    }
+
+    pub(super) async fn get(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
+        self.ask(Method::GET, path, query, None).await
+    }
+
+    pub(super) async fn post(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
+        self.ask(Method::POST, path, &[], Some(body)).await
+    }
+
+    async fn put(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
+        self.ask(Method::PUT, path, &[], Some(body)).await
+    }
+
+    async fn patch(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
+        self.ask(Method::PATCH, path, &[], Some(body)).await
+    }
+
+    async fn delete(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
+        self.ask(Method::DELETE, path, query, None).await
     }
 }
 
-/// The variable's value. It is a secret, so it is never shown.
+/// The variable's value. It is a secret, so it is never shown, and never one of our own.
 pub(super) fn secret(variable: &str) -> Result<String, Failure> {
+    if upstream::is_own_setting(variable) {
+        return Err(Failure::Usage(format!("{variable} is a setting of the Mastio itself: no server gets it")));
+    }
     crate::config::environment_secret(variable).filter(|value| !value.is_empty()).ok_or_else(|| {
         Failure::Usage(format!("the variable {variable} is not set: it is to have the secret"))
     })
@@ -391,8 +464,12 @@ pub(super) async fn tools(command: ToolsCommand) -> Result<(), Failure> {
             let blocked = server(&target)?.post(&at(&TOOLS, &[&tool, "block"]), &json!({})).await?;
             show(&target, &blocked, table::fields)
         }
-        ToolsCommand::Limit { tool, required_capability, per_minute, target } => {
-            let body = json!({ "required_capability": required_capability, "calls_per_minute": per_minute });
+        ToolsCommand::Limit { tool, required_capability, per_minute, retention_days, target } => {
+            let body = json!({
+                "required_capability": required_capability,
+                "calls_per_minute": per_minute,
+                "retention_days": retention_days,
+            });
             let limited = server(&target)?.patch(&at(&TOOLS, &[&tool]), &body).await?;
             show(&target, &limited, table::fields)
         }
@@ -422,6 +499,16 @@ pub(super) async fn tools(command: ToolsCommand) -> Result<(), Failure> {
             }
             show(&target, &json!({ "agent_id": agent, "revoked": active }), table::fields)
         }
+        ToolsCommand::Evidence { id: Some(id), target, .. } => {
+            show(&target, &server(&target)?.get(&at(&EVIDENCE, &[&id]), &[]).await?, table::fields)
+        }
+        ToolsCommand::Evidence { id: None, tool, agent, after, target } => {
+            let mut query: Vec<(&str, &str)> = Vec::new();
+            query.extend(tool.as_deref().map(|tool| ("tool", tool)));
+            query.extend(agent.as_deref().map(|agent| ("agent_id", agent)));
+            query.extend(after.as_deref().map(|after| ("after", after)));
+            show(&target, &server(&target)?.get(&EVIDENCE, &query).await?, table::evidence)
+        }
         ToolsCommand::Access { agent, tool, target } => {
             let mut query: Vec<(&str, &str)> = Vec::new();
             query.extend(agent.as_deref().map(|agent| ("agent_id", agent)));
@@ -434,7 +521,7 @@ pub(super) async fn tools(command: ToolsCommand) -> Result<(), Failure> {
 
 impl What {
     /// The id that a binding names.
-    async fn id(&self, remote: &Remote) -> Result<String, Failure> {
+    async fn id(&self, remote: &Api) -> Result<String, Failure> {
         let text = |value: &Value, field: &str| value[field].as_str().unwrap_or_default().to_owned();
         if let Some(upstream) = &self.upstream {
             return Ok(text(&remote.get(&at(&UPSTREAMS, &[upstream]), &[]).await?, "upstream_id"));

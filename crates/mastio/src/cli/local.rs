@@ -7,10 +7,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 
+use axum::body::Body;
+use axum::http::{Method, Request};
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
-use super::Failure;
+use super::{Failure, remote};
 use crate::app::{self, Deploy, SealChoice};
 use crate::audit::{self, Filter};
 use crate::clock::SystemClock;
@@ -18,7 +21,7 @@ use crate::config::Config;
 use crate::enrollment::revocation::{Which, revocation_reason};
 use crate::enrollment::{Agent, Agents, EnrollmentError};
 use crate::entropy::Entropy;
-use crate::http::authn::{AdminSecret, Role};
+use crate::http::authn::{AdminCaller, AdminSecret, Role};
 use crate::http::error::chain;
 use crate::http::limits::RateLimit;
 use crate::operators::Operators;
@@ -103,6 +106,30 @@ pub(super) async fn reset_password(config: &Config, name: &str) -> Result<Value,
     let actor = actor(config, &deploy).await?;
     let issued = operators(config, &deploy).reset_secret(name, &actor).await;
     issued.map(|issued| issued.to_json()).map_err(|error| Failure::of(&error))
+}
+
+/// What a route of the gateway's answers, asked in this process. `path` and query as in its URL.
+pub(super) async fn ask_gateway(
+    config: &Config,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Value, Failure> {
+    let deploy = open(config).await?;
+    let admin = AdminCaller { actor: actor(config, &deploy).await?, role: Role::Admin };
+    let routes = app::gateway_routes(&deploy, config, admin).await?;
+    let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+    let request = Request::builder().method(method).uri(path).body(body);
+    let request = request.map_err(|error| Failure::because("the request cannot be made", error))?;
+    let response = match routes.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    };
+    let status = response.status();
+    let read = axum::body::to_bytes(response.into_body(), usize::MAX).await;
+    let bytes = read.map_err(|error| Failure::because("the answer cannot be read", error))?;
+    let answer: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    if status.is_success() { Ok(answer) } else { Err(remote::refused(status, &answer)) }
 }
 
 fn unreadable(error: &StoreError) -> Failure {

@@ -239,16 +239,6 @@ impl Remote {
         self.send(Method::POST, path, &[], Some(body), Some(READ_TIMEOUT)).await
     }
 
-    /// Puts a JSON body at `path` below the server's URL.
-    pub async fn put(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
-        self.send(Method::PUT, path, &[], Some(body), Some(READ_TIMEOUT)).await
-    }
-
-    /// Changes what is at `path` below the server's URL by a JSON body.
-    pub async fn patch(&self, path: &[&str], body: &Value) -> Result<Value, Failure> {
-        self.send(Method::PATCH, path, &[], Some(body), Some(READ_TIMEOUT)).await
-    }
-
     /// Reads `path` below the server's URL.
     pub async fn get(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
         self.send(Method::GET, path, query, None, Some(READ_TIMEOUT)).await
@@ -257,6 +247,17 @@ impl Remote {
     /// Deletes what is at `path` below the server's URL.
     pub async fn delete(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Value, Failure> {
         self.send(Method::DELETE, path, query, None, Some(READ_TIMEOUT)).await
+    }
+
+    /// Sends what the other verbs send.
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<Value, Failure> {
+        self.send(method, path, query, body, Some(READ_TIMEOUT)).await
     }
 
     async fn send(
@@ -279,14 +280,7 @@ impl Remote {
         body: Option<&Value>,
         timeout: Option<Duration>,
     ) -> Result<Response, Failure> {
-        let mut url = self.base.clone();
-        // Segments are encoded one by one, so an id can never become another path.
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(path);
-        }
-        if !query.is_empty() {
-            url.query_pairs_mut().extend_pairs(query);
-        }
+        let url = below(&self.base, path, query);
         let mut request = self.client.request(method, url).header("X-Admin-Secret", &self.admin_secret);
         if let Some(timeout) = timeout {
             request = request.timeout(timeout);
@@ -318,6 +312,28 @@ impl Remote {
             )),
             _ => Failure::failed(format!("the server at {} answered {status}: {detail}", self.base)),
         }
+    }
+}
+
+/// The URL of `path` below `base`.
+pub(super) fn below(base: &Url, path: &[&str], query: &[(&str, &str)]) -> Url {
+    let mut url = base.clone();
+    // Segments are encoded one by one, so an id can never become another path.
+    if let Ok(mut segments) = url.path_segments_mut() {
+        segments.pop_if_empty().extend(path);
+    }
+    if !query.is_empty() {
+        url.query_pairs_mut().extend_pairs(query);
+    }
+    url
+}
+
+/// What a refusal of one of our own routes means, asked in this process.
+pub(super) fn refused(status: StatusCode, answer: &Value) -> Failure {
+    let detail = detail(answer);
+    match status {
+        StatusCode::CONFLICT | StatusCode::PRECONDITION_FAILED => Failure::Refused(detail),
+        _ => Failure::failed(detail),
     }
 }
 
@@ -381,10 +397,9 @@ impl Events {
 pub(super) fn detail(answer: &Value) -> String {
     let detail = answer.get("detail").unwrap_or(answer);
     if let Some(fields) = detail.as_array() {
-        let told = fields.iter().map(|field| match (field["loc"][1].as_str(), field["msg"].as_str()) {
-            (Some(name), Some(what)) => format!("{name} {what}"),
-            (None, Some(what)) => what.to_owned(),
-            _ => field.to_string(),
+        let told = fields.iter().map(|field| match field["msg"].as_str() {
+            Some(what) => format!("{} {what}", place(&field["loc"])).trim_start().to_owned(),
+            None => field.to_string(),
         });
         return told.collect::<Vec<_>>().join("; ");
     }
@@ -397,6 +412,20 @@ pub(super) fn detail(answer: &Value) -> String {
         },
         _ => detail.to_string(),
     }
+}
+
+/// Where something is wrong in what was sent: `upstreams[0].timeout_ms`.
+fn place(loc: &Value) -> String {
+    let mut place = String::new();
+    for step in loc.as_array().into_iter().flatten().skip(1) {
+        match (step.as_u64(), step.as_str()) {
+            (Some(index), _) => place.push_str(&format!("[{index}]")),
+            (None, Some(name)) if place.is_empty() => place.push_str(name),
+            (None, Some(name)) => place.push_str(&format!(".{name}")),
+            (None, None) => {}
+        }
+    }
+    place
 }
 
 fn is_loopback(url: &Url) -> bool {

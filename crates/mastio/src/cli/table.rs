@@ -166,6 +166,24 @@ fn plain(text: &str) -> String {
         .collect()
 }
 
+/// Calls of which something is kept.
+pub(super) fn evidence(of: &Value) -> String {
+    let columns = [
+        ("call", "evidence_id"),
+        ("tool", "tool"),
+        ("agent", "agent_id"),
+        ("called", "called_at"),
+        ("kept until", "expires_at"),
+        ("bytes of arguments", "arguments_bytes"),
+        ("of the result", "result_bytes"),
+    ];
+    list(
+        of,
+        &columns,
+        "nothing is kept: set a retention with `mastio tools limit TOOL --retention-days DAYS`",
+    )
+}
+
 /// Who may call what, and why.
 pub(super) fn access(of: &Value) -> String {
     let columns = [
@@ -196,6 +214,28 @@ pub(super) fn policies(of: &Value) -> String {
 /// Every version of one policy, and the text of the newest.
 pub(super) fn policy_versions(of: &Value) -> String {
     format!("{}\n{}", list(of, &POLICY_COLUMNS, "no such policy"), cell(&of[0]["text"]).trim_end())
+}
+
+/// What an import changes, and what waits.
+pub(super) fn config_plan(of: &Value) -> String {
+    let mut text = String::new();
+    for change in rows(&of["changes"]) {
+        let [action, kind, name] = ["action", "kind", "name"].map(|field| cell(&change[field]));
+        text.push_str(&format!("{action} {kind} {name}\n"));
+        for difference in rows(&change["differences"]).filter(|_| action == "change" || action == "approve") {
+            let (before, after) = (cell(&difference["before"]), cell(&difference["after"]));
+            text.push_str(&format!("  {}: {before} becomes {after}\n", cell(&difference["path"])));
+        }
+    }
+    if text.is_empty() {
+        text.push_str("nothing to change\n");
+    }
+    for wait in rows(&of["waits"]) {
+        let [kind, name, why] = ["kind", "name", "why"].map(|field| cell(&wait[field]));
+        text.push_str(&format!("waits: {kind} {name}: {why}\n"));
+    }
+    text.push_str(&format!("plan {}", cell(&of["plan_digest"])));
+    text
 }
 
 /// The list of revoked certificates.

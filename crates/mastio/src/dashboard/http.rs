@@ -26,6 +26,7 @@ use super::trust::AuditQuery;
 use super::updates::in_words;
 use super::{Dashboard, assets, session, tools, urlencoded};
 use crate::enrollment::revocation::{Which, revocation_reason};
+use crate::gateway::servers::ToolLimits;
 use crate::http::authn::{AdminCaller, Session};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _};
@@ -848,7 +849,12 @@ async fn limit_tool(
     let calls = given("calls_per_minute").map(str::parse).transpose();
     let calls = calls.map_err(|_| DashboardError::Malformed)?;
     let capability = given("required_capability").map(str::to_owned);
-    dashboard.gateway.limit_tool(&sent.session.actor, &tool_id, capability, calls).await?;
+    let limits = ToolLimits {
+        required_capability: capability,
+        calls_per_minute: calls,
+        ..ToolLimits::of(&dashboard.gateway.server_tool(&tool_id).await?)
+    };
+    dashboard.gateway.limit_tool(&sent.session.actor, &tool_id, limits).await?;
     Ok(see_other(&tool_path(&tool_id)))
 }
 

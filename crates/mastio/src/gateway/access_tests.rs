@@ -16,7 +16,12 @@ fn call(tool: &str, arguments: &Value) -> String {
 
 impl World {
     /// The answer to a call: its result, or its error's message.
-    async fn call_tool(&self, agent_id: &str, tool: &str, arguments: Value) -> Result<Value, String> {
+    pub(super) async fn call_tool(
+        &self,
+        agent_id: &str,
+        tool: &str,
+        arguments: Value,
+    ) -> Result<Value, String> {
         let (status, text) = self.rpc(agent_id, &call(tool, &arguments)).await;
         assert_eq!(status, StatusCode::OK, "{text}");
         let mut answer: Value = serde_json::from_str(&text).unwrap();
@@ -30,7 +35,7 @@ impl World {
         self.admin_at(Method::PUT, &format!("/v1/admin/mcp-policies/{name}"), rule).await
     }
 
-    async fn saved(&self, name: &str, rule: Value) -> i64 {
+    pub(super) async fn saved(&self, name: &str, rule: Value) -> i64 {
         let (status, body) = self.save(name, rule).await;
         assert_eq!(status, StatusCode::OK, "{body}");
         body["version"].as_i64().unwrap()

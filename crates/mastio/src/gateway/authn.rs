@@ -5,12 +5,15 @@ use std::sync::Arc;
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
 use futures_util::future::BoxFuture;
+use mastio_core::error::Kind;
+use mastio_core::time::UnixTime;
 
 use super::{Authenticate, Caller, Holder};
 use crate::http::context::Context;
 use crate::http::error::ApiError;
 use crate::http::urls::ExternalUrls;
 use crate::store::refusals::{Refusal, Refusals};
+use crate::tokens::error::INSUFFICIENT_SCOPE;
 use crate::tokens::http::{record, shown};
 use crate::tokens::metadata::{GATEWAY_PATH, challenge};
 use crate::tokens::{TokenEndpointError, Tokens};
@@ -45,7 +48,7 @@ impl TokenCallers {
         })
     }
 
-    /// A 401 with the challenge that leads an ordinary client to our metadata (RFC 9728 §5.1).
+    /// A 401 or 403 with the challenge that leads an ordinary client to our metadata (RFC 9728 §5.1).
     fn challenged(&self, parts: &Parts, error: ApiError, code: Option<&str>) -> ApiError {
         let challenge = challenge(self.urls.base(&parts.headers).as_deref(), GATEWAY_PATH, code);
         match HeaderValue::from_str(&challenge) {
@@ -68,7 +71,7 @@ impl Authenticate for TokenCallers {
                     record(&self.refusals, context, GATEWAY_PATH, &error).await;
                     let code = error.resource_code();
                     let error = ApiError::from(error);
-                    if error.kind() == mastio_core::error::Kind::Unauthenticated {
+                    if error.kind() == Kind::Unauthenticated || code == Some(INSUFFICIENT_SCOPE) {
                         return Err(self.challenged(parts, error, code));
                     }
                     Err(error)
@@ -112,7 +115,23 @@ impl Authenticate for TokenCallers {
         Box::pin(async move {
             let holder =
                 self.tokens.holder(&caller.agent_id, caller.issued_at).await.map_err(ApiError::from)?;
-            Ok(holder.map(|agent| Caller { capabilities: agent.capabilities.clone(), ..caller.clone() }))
+            Ok(holder.map(|(agent, epoch)| Caller {
+                capabilities: agent.capabilities.clone(),
+                epoch,
+                ..caller.clone()
+            }))
+        })
+    }
+
+    fn assert<'a>(
+        &'a self,
+        caller: &'a Caller,
+        audience: &'a str,
+        now: UnixTime,
+    ) -> BoxFuture<'a, Result<String, ApiError>> {
+        Box::pin(async move {
+            let who = (caller.agent_id.as_str(), caller.principal_type.as_str());
+            Ok(self.tokens.assert_caller(who, audience, caller.epoch, now).await?)
         })
     }
 

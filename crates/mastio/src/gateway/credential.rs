@@ -13,6 +13,10 @@ use super::servers::Server;
 use super::upstream::{Endpoint, Upstream, UpstreamError};
 use crate::pki::keys::SealingKey;
 
+/// RFC 8693 §2.1 and §3.
+const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+const JWT_TYPE: &str = "urn:ietf:params:oauth:token-type:jwt";
+const ACCESS_TOKEN_TYPE: &str = "urn:ietf:params:oauth:token-type:access_token";
 /// Bytes of a secret, or of a certificate with its key.
 const SECRET_BYTES_MAX: usize = 32 * 1024;
 /// An access token is asked for anew this long before it expires.
@@ -21,7 +25,7 @@ const RENEW_BEFORE: Duration = Duration::from_secs(30);
 const TOKENS_MAX: u64 = 4096;
 
 /// A credential as the operator gives it and as it lies sealed.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Auth {
     /// None.
@@ -59,7 +63,39 @@ pub enum Auth {
         /// For whom the token is (RFC 8707).
         resource: Option<String>,
     },
+    /// An access token for each caller, in exchange for our word for who calls (RFC 8693). Where nobody calls, because
+    /// we look at the server ourselves, a token for our own client credentials.
+    OauthTokenExchange {
+        /// Where tokens are had; whom our word is for.
+        token_url: String,
+        /// Our id there.
+        client_id: String,
+        /// Our secret there.
+        client_secret: String,
+        /// What is asked for.
+        scope: Option<String>,
+        /// For whom the token is, as a URL.
+        resource: Option<String>,
+        /// For whom the token is, by the name that the token endpoint knows.
+        audience: Option<String>,
+    },
 }
+
+/// Who calls, as a server is told.
+#[derive(Debug)]
+pub struct Asserted {
+    /// The caller's type and id.
+    pub caller: String,
+    /// Our word for the server itself, where it wants it.
+    pub for_server: Option<String>,
+    /// Our word for its token endpoint, where tokens are exchanged.
+    pub for_token_endpoint: Option<String>,
+}
+
+/// The type of a credential that is exchanged for each caller.
+pub const EXCHANGED: &str = "oauth_token_exchange";
+/// The header with our word for who calls.
+pub const CALLER_HEADER: &str = "mastio-caller";
 
 fn api_key_header() -> String {
     "x-api-key".to_owned()
@@ -88,6 +124,7 @@ impl Auth {
             Self::ApiKey { .. } => "api_key",
             Self::Mtls { .. } => "mtls",
             Self::OauthClientCredentials { .. } => "oauth_client_credentials",
+            Self::OauthTokenExchange { .. } => EXCHANGED,
         }
     }
 
@@ -106,6 +143,7 @@ impl Auth {
                 if HeaderName::from_bytes(lower.as_bytes()).is_err()
                     || TAKEN_HEADERS.contains(&lower.as_str())
                     || lower.starts_with("mcp-")
+                    || lower == CALLER_HEADER
                 {
                     return Err("the header cannot carry a key");
                 }
@@ -127,6 +165,14 @@ impl Auth {
                 secret(client_id)?;
                 secret(client_secret)?;
                 [scope, resource].into_iter().flatten().try_for_each(|text| secret(text))
+            }
+            Self::OauthTokenExchange { token_url, client_id, client_secret, scope, resource, audience } => {
+                if http.endpoint(token_url, &[]).is_err() {
+                    return Err("token_url is not a URL that may be called");
+                }
+                secret(client_id)?;
+                secret(client_secret)?;
+                [scope, resource, audience].into_iter().flatten().try_for_each(|text| secret(text))
             }
         }
     }
@@ -157,14 +203,15 @@ impl Drop for ServerAuth {
             Auth::None => {}
             Auth::Bearer { secret } | Auth::ApiKey { secret, .. } => secret.zeroize(),
             Auth::Mtls { key_pem, .. } => key_pem.zeroize(),
-            Auth::OauthClientCredentials { client_secret, .. } => client_secret.zeroize(),
+            Auth::OauthClientCredentials { client_secret, .. }
+            | Auth::OauthTokenExchange { client_secret, .. } => client_secret.zeroize(),
         }
     }
 }
 
-/// Access tokens that we were given, by the sealed credential they were given for. Of this process alone: they are had
-/// again at no cost.
-pub struct AccessTokens(Cache<String, AccessToken>);
+/// Access tokens that we were given, by the sealed credential they were given for and the caller, where it is one
+/// caller's. Of this process alone: they are had again at no cost.
+pub struct AccessTokens(Cache<(String, String), AccessToken>);
 
 #[derive(Clone)]
 struct AccessToken {
@@ -205,6 +252,12 @@ impl ServerAuth {
         Self { auth, identity_pem }
     }
 
+    /// Whether this is that credential.
+    #[must_use]
+    pub fn is(&self, auth: &Auth) -> bool {
+        self.auth == *auth
+    }
+
     /// Certificate and key for TLS.
     #[must_use]
     pub fn identity_pem(&self) -> Option<&str> {
@@ -220,6 +273,7 @@ impl ServerAuth {
         http: &Upstream,
         tokens: &AccessTokens,
         server: &Server,
+        asserted: Option<&Asserted>,
     ) -> Result<Option<(HeaderName, HeaderValue)>, UpstreamError> {
         let sensitive = |text: String| {
             let mut value = HeaderValue::try_from(text).map_err(|_| UpstreamError::Credential)?;
@@ -234,14 +288,14 @@ impl ServerAuth {
                     .map_err(|_| UpstreamError::Credential)?;
                 Some((name, sensitive(secret.clone())?))
             }
-            Auth::OauthClientCredentials { .. } => {
-                let key = server.credential_sealed.clone().unwrap_or_default();
+            Auth::OauthClientCredentials { .. } | Auth::OauthTokenExchange { .. } => {
+                let key = self.token_key(server, asserted);
                 if let Some(token) = tokens.0.get(&key).await
                     && Instant::now() < token.expires
                 {
                     return Ok(Some((header::AUTHORIZATION, token.value)));
                 }
-                let token = self.request_token(http, &sensitive).await?;
+                let token = self.request_token(http, asserted, &sensitive).await?;
                 tokens.0.insert(key, token.clone()).await;
                 Some((header::AUTHORIZATION, token.value))
             }
@@ -249,15 +303,31 @@ impl ServerAuth {
     }
 
     /// Forgets a token that the server refused: the next call asks for another.
-    pub async fn forget_token(&self, tokens: &AccessTokens, server: &Server) {
-        if let Some(key) = &server.credential_sealed {
-            tokens.0.invalidate(key).await;
+    pub async fn forget_token(&self, tokens: &AccessTokens, server: &Server, asserted: Option<&Asserted>) {
+        tokens.0.invalidate(&self.token_key(server, asserted)).await;
+    }
+
+    fn token_key(&self, server: &Server, asserted: Option<&Asserted>) -> (String, String) {
+        let caller = match &self.auth {
+            Auth::OauthTokenExchange { .. } => asserted.map(|asserted| asserted.caller.clone()),
+            _ => None,
+        };
+        (server.credential_sealed.clone().unwrap_or_default(), caller.unwrap_or_default())
+    }
+
+    /// The token endpoint that wants to know who calls.
+    #[must_use]
+    pub fn exchanges_at(&self) -> Option<&str> {
+        match &self.auth {
+            Auth::OauthTokenExchange { token_url, .. } => Some(token_url),
+            _ => None,
         }
     }
 
     async fn request_token(
         &self,
         http: &Upstream,
+        asserted: Option<&Asserted>,
         sensitive: &impl Fn(String) -> Result<HeaderValue, UpstreamError>,
     ) -> Result<AccessToken, UpstreamError> {
         #[derive(Deserialize)]
@@ -265,18 +335,34 @@ impl ServerAuth {
             access_token: String,
             token_type: String,
             expires_in: Option<u64>,
+            issued_token_type: Option<String>,
         }
-        let Auth::OauthClientCredentials { token_url, client_id, client_secret, scope, resource } =
-            &self.auth
-        else {
-            return Err(UpstreamError::Credential);
+        let (token_url, client_id, client_secret, scope, resource, audience) = match &self.auth {
+            Auth::OauthClientCredentials { token_url, client_id, client_secret, scope, resource } => {
+                (token_url, client_id, client_secret, scope, resource, &None)
+            }
+            Auth::OauthTokenExchange { token_url, client_id, client_secret, scope, resource, audience } => {
+                (token_url, client_id, client_secret, scope, resource, audience)
+            }
+            _ => return Err(UpstreamError::Credential),
         };
+        let subject_token = asserted.and_then(|asserted| asserted.for_token_endpoint.as_deref());
         let endpoint = http.endpoint(token_url, &[])?;
         let mut form = reqwest::Url::parse("form:").map_err(|_| UpstreamError::Credential)?;
         {
             let mut pairs = form.query_pairs_mut();
-            pairs.append_pair("grant_type", "client_credentials");
-            for (name, value) in [("scope", scope), ("resource", resource)] {
+            match subject_token {
+                None => {
+                    pairs.append_pair("grant_type", "client_credentials");
+                }
+                Some(subject_token) => {
+                    pairs.append_pair("grant_type", TOKEN_EXCHANGE);
+                    pairs.append_pair("subject_token", subject_token);
+                    pairs.append_pair("subject_token_type", JWT_TYPE);
+                    pairs.append_pair("requested_token_type", ACCESS_TOKEN_TYPE);
+                }
+            }
+            for (name, value) in [("scope", scope), ("resource", resource), ("audience", audience)] {
                 if let Some(value) = value {
                     pairs.append_pair(name, value);
                 }
@@ -295,11 +381,20 @@ impl ServerAuth {
             .insert(header::AUTHORIZATION, sensitive(format!("Basic {}", STANDARD.encode(pair.as_bytes())))?);
         let body =
             http.post_form(&endpoint, None, headers, form.query().unwrap_or_default().to_owned()).await?;
-        let Granted { access_token, token_type, expires_in } = serde_json::from_slice(&body)
-            .map_err(|_| UpstreamError::Garbage("the token endpoint's answer"))?;
+        let Granted { access_token, token_type, expires_in, issued_token_type } =
+            serde_json::from_slice(&body)
+                .map_err(|_| UpstreamError::Garbage("the token endpoint's answer"))?;
         let access_token = Zeroizing::new(access_token);
         if !token_type.eq_ignore_ascii_case("bearer") {
             return Err(UpstreamError::Garbage("the token endpoint gave another token than a bearer's"));
+        }
+        // RFC 8693 §2.2.1: what was issued is always said.
+        if subject_token.is_some()
+            && !matches!(issued_token_type.as_deref(), Some(ACCESS_TOKEN_TYPE | JWT_TYPE))
+        {
+            return Err(UpstreamError::Garbage(
+                "the token endpoint exchanged for another type than it was asked for",
+            ));
         }
         let lifetime = Duration::from_secs(expires_in.unwrap_or(300).min(86_400));
         Ok(AccessToken {

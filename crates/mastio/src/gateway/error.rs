@@ -115,9 +115,15 @@ pub enum GatewayError {
     /// There is no such rule.
     #[error("policy '{0}' not found")]
     UnknownPolicy(String),
+    /// Nothing is kept of such a call.
+    #[error("nothing is kept of call '{0}'")]
+    UnknownEvidence(String),
     /// There are as many rules as there may be.
     #[error("there are {0} policies already: delete one first")]
     TooManyPolicies(usize),
+    /// What an import would change is not what was named.
+    #[error("the plan is now {0}: look at it before you import")]
+    PlanMoved(String),
     /// A definition cannot be used.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
@@ -152,6 +158,9 @@ pub enum GatewayError {
     /// An answer could not be written as JSON.
     #[error("an answer cannot be written as JSON")]
     Json(#[from] serde_json::Error),
+    /// What was kept cannot be sealed or opened.
+    #[error("what is kept of a call cannot be sealed, or does not open as what was kept")]
+    Sealing,
     /// The HTTP client for upstream servers could not be built.
     #[error("the HTTP client for upstream servers cannot be built")]
     Client(#[from] reqwest::Error),
@@ -240,16 +249,18 @@ impl Problem for GatewayError {
             | Self::AlreadyBound
             | Self::TooManyPolicies(_)
             | Self::StreamOpen
+            | Self::PlanMoved(_)
             | Self::DefinitionMoved { .. } => Kind::Conflict,
             Self::UnknownTool(_)
             | Self::NotOffered { .. }
             | Self::UnknownResource
             | Self::UnknownUpstream(_)
             | Self::UnknownPolicy(_)
+            | Self::UnknownEvidence(_)
             | Self::UnknownBinding => Kind::NotFound,
             Self::Upstream(_) | Self::Busy | Self::Unguarded | Self::AuditUnavailable => Kind::Unavailable,
             Self::Store(error) => error.kind(),
-            Self::Json(_) | Self::Client(_) | Self::Tls(_) | Self::Stopped => Kind::Internal,
+            Self::Sealing | Self::Json(_) | Self::Client(_) | Self::Tls(_) | Self::Stopped => Kind::Internal,
         }
     }
 

@@ -21,11 +21,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::access::Access;
+use super::declare::{Document, Plan};
+use super::evidence::Evidence;
 use super::peer::Listener;
 use super::policy::{NewRule, Rule};
 use super::protocol::{self, Revision, SESSION_HEADER};
 use super::serve::{self, Answer, Answers, Asked};
-use super::servers::{Look, NewServer, Server, Tool};
+use super::servers::{Look, NewServer, Server, Tool, ToolLimits};
 use super::{
     Binding, BindingFilter, Gateway, GatewayError, NewResource, Resource, definition, internal_error, jsonrpc,
 };
@@ -62,6 +64,11 @@ pub fn routes(gateway: Arc<Gateway>) -> Router {
         .route("/v1/admin/mcp-policies/test", post(test_policy))
         .route("/v1/admin/mcp-policies/{policy}", get(get_policy).put(save_policy).delete(delete_policy))
         .route("/v1/admin/mcp-access", get(list_access))
+        .route("/v1/admin/mcp-evidence", get(list_evidence))
+        .route("/v1/admin/mcp-evidence/{evidence}", get(read_evidence))
+        .route("/v1/admin/mcp-config", get(export_config))
+        .route("/v1/admin/mcp-config/plan", post(plan_config))
+        .route("/v1/admin/mcp-config/import", post(import_config))
         .with_state(gateway)
 }
 
@@ -466,6 +473,7 @@ fn server_body(server: &Server) -> Value {
         "ca_pem": server.ca_pem,
         "timeout_ms": server.timeout_ms,
         "calls_max": server.calls_max,
+        "asserts_caller": server.asserts_caller,
         "enabled": server.enabled,
         "revision": server.revision.map(super::protocol::Revision::as_str),
         "capabilities": server.capabilities,
@@ -557,6 +565,7 @@ fn tool_body(tool: &Tool, upstream: Option<&str>) -> Value {
         "imitates": tool.imitates,
         "required_capability": tool.required_capability,
         "calls_per_minute": tool.calls_per_minute,
+        "retention_days": tool.retention_days,
         "first_seen_at": tool.first_seen_at,
         "approved_at": tool.approved_at,
         "approved_by": tool.approved_by,
@@ -630,22 +639,13 @@ async fn block_tool(
     Ok(axum::Json(tool_body(&gateway.block_tool(&admin.actor, &tool).await?, None)))
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ToolLimits {
-    required_capability: Option<String>,
-    calls_per_minute: Option<i64>,
-}
-
 async fn update_tool(
     State(gateway): State<Arc<Gateway>>,
     admin: AdminCaller,
     Path(tool): Path<String>,
-    Json(body): Json<ToolLimits>,
+    Json(limits): Json<ToolLimits>,
 ) -> Result<axum::Json<Value>, ApiError> {
-    let tool =
-        gateway.limit_tool(&admin.actor, &tool, body.required_capability, body.calls_per_minute).await?;
-    Ok(axum::Json(tool_body(&tool, None)))
+    Ok(axum::Json(tool_body(&gateway.limit_tool(&admin.actor, &tool, limits).await?, None)))
 }
 
 async fn list_policies(
@@ -721,4 +721,66 @@ async fn list_access(
 ) -> Result<axum::Json<Vec<Access>>, ApiError> {
     let Query(query) = query.map_err(|error| ApiError::new(Kind::Unprocessable, error.body_text()))?;
     Ok(axum::Json(gateway.access(query.agent_id.as_deref(), query.tool.as_deref()).await?))
+}
+
+async fn export_config(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+) -> Result<axum::Json<Document>, ApiError> {
+    Ok(axum::Json(gateway.export().await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Import {
+    document: Document,
+    #[serde(default)]
+    prune: bool,
+    plan_digest: Option<String>,
+}
+
+async fn plan_config(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    Json(import): Json<Import>,
+) -> Result<axum::Json<Plan>, ApiError> {
+    Ok(axum::Json(gateway.plan_import(&import.document, import.prune).await?))
+}
+
+async fn import_config(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Json(import): Json<Import>,
+) -> Result<axum::Json<Plan>, ApiError> {
+    let Import { document, prune, plan_digest } = import;
+    let now = context.now.seconds();
+    Ok(axum::Json(gateway.import(&admin.actor, now, &document, prune, plan_digest.as_deref()).await?))
+}
+
+#[derive(Deserialize)]
+struct ListEvidence {
+    tool: Option<String>,
+    agent_id: Option<String>,
+    after: Option<String>,
+}
+
+async fn list_evidence(
+    State(gateway): State<Arc<Gateway>>,
+    _admin: AdminCaller,
+    query: Result<Query<ListEvidence>, QueryRejection>,
+) -> Result<axum::Json<Vec<Evidence>>, ApiError> {
+    let Query(query) = query.map_err(|error| ApiError::new(Kind::Unprocessable, error.body_text()))?;
+    let ListEvidence { tool, agent_id, after } = query;
+    let found = gateway.list_evidence(tool.as_deref(), agent_id.as_deref(), after.as_deref()).await?;
+    Ok(axum::Json(found))
+}
+
+async fn read_evidence(
+    State(gateway): State<Arc<Gateway>>,
+    admin: AdminCaller,
+    context: Context,
+    Path(evidence): Path<String>,
+) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(gateway.read_evidence(&admin.actor, context.now.seconds(), &evidence).await?))
 }

@@ -482,6 +482,7 @@ impl Gateway {
                 heard.iter().map(|(server, _)| server_key(server)).collect();
             let listening = &listening;
             let holder = (caller.principal_type.clone(), canonical(&self.org_id, &caller.agent_id));
+            let by = caller.clone();
             let mut heard_servers: Vec<BoxFuture<'_, ()>> = Vec::with_capacity(heard.len());
             for (server, wanted) in heard {
                 let heard = Heard {
@@ -496,7 +497,7 @@ impl Gateway {
                     listener,
                     tools_changed: Notify::new(),
                 };
-                heard_servers.push(Box::pin(self.hear(Arc::new(server), heard)));
+                heard_servers.push(Box::pin(self.hear(&by, Arc::new(server), heard)));
             }
             let hearing = async {
                 join_all(heard_servers).await;
@@ -574,11 +575,10 @@ impl Gateway {
         if listening.id.is_some() {
             let mut had = Vec::new();
             for uri in std::mem::take(&mut listening.wanted.resource_subscriptions) {
-                let links = servers
-                    .iter()
-                    .filter(|server| server.capabilities.contains_key("resources"))
-                    .filter_map(|server| self.link(&Arc::new(server.clone())).ok())
-                    .collect();
+                let mut links = Vec::new();
+                for server in servers.iter().filter(|server| server.capabilities.contains_key("resources")) {
+                    links.extend(self.link_unrecorded(caller, &Arc::new(server.clone())).await);
+                }
                 // No server is told of another's resources.
                 let owner =
                     self.owners(asked, caller, speaker, links, "resources", &uri).await.into_iter().next();
@@ -608,7 +608,7 @@ impl Gateway {
     }
 
     /// Hears one server and passes on what the caller wants, until it says that there is nothing to hear.
-    async fn hear(&self, server: Arc<Server>, heard: Heard<'_>) {
+    async fn hear(&self, caller: &Caller, server: Arc<Server>, heard: Heard<'_>) {
         if heard.wanted == Wanted::default() {
             return;
         }
@@ -616,7 +616,7 @@ impl Gateway {
         let mut pause = first;
         loop {
             let began = Instant::now();
-            let ended = match (self.link(&server), self.stream_slot(&server)) {
+            let ended = match (self.link_unrecorded(caller, &server).await, self.stream_slot(&server)) {
                 (Ok(link), Ok(_slot)) => {
                     tokio::select! {
                         ended = self.peers.hear(&self.upstream, &link, &heard) => ended,

@@ -30,8 +30,12 @@ mod address;
 mod arguments;
 mod authn;
 pub mod credential;
+pub mod declare;
+#[cfg(test)]
+mod declare_tests;
 pub mod definition;
 mod error;
+pub mod evidence;
 mod http;
 pub(crate) mod jsonrpc;
 pub mod listen;
@@ -81,8 +85,8 @@ use crate::http::limits::RateLimit;
 use crate::http::urls::ExternalUrls;
 use crate::metrics::Metrics;
 use crate::pki::keys::SealingKey;
-use crate::store::Store;
 use crate::store::group::{Journal, OneUse};
+use crate::store::{Store, WriteTx};
 
 /// Bytes of a call's arguments at most, as compact JSON (wire contract §5).
 const ARGUMENTS_BYTES_MAX: usize = 128 * 1024;
@@ -156,6 +160,16 @@ pub trait Authenticate: Send + Sync {
     ///
     /// Errors: [`ApiError`] where that cannot be said.
     fn standing<'a>(&'a self, caller: &'a Caller) -> BoxFuture<'a, Result<Option<Caller>, ApiError>>;
+
+    /// Our signed word for who calls, for the one server or token endpoint of this URL.
+    ///
+    /// Errors: [`ApiError`], 503 while signing is halted.
+    fn assert<'a>(
+        &'a self,
+        caller: &'a Caller,
+        audience: &'a str,
+        now: UnixTime,
+    ) -> BoxFuture<'a, Result<String, ApiError>>;
 
     /// Takes up the state that has moved since the last judgement. Called before the same request is judged again.
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>>;
@@ -351,12 +365,27 @@ impl Gateway {
         store::bindable_name(&mut tx, &self.org_id, resource_id)
             .await?
             .ok_or(GatewayError::UnknownResource)?;
+        let (binding, created) =
+            self.grant(&mut tx, actor, now, (agent_id, principal_type), resource_id).await?;
+        tx.commit(&[created]).await?;
+        Ok(binding)
+    }
+
+    /// Writes a grant; gives the event.
+    async fn grant(
+        &self,
+        tx: &mut WriteTx,
+        actor: &str,
+        now: UnixTime,
+        (agent_id, principal_type): (&str, &str),
+        resource_id: &str,
+    ) -> Result<(Binding, Event), GatewayError> {
         let holder = store::Holder {
             principal_type: principal_type.to_owned(),
             canonical: canonical(&self.org_id, agent_id),
             bare: bare(&self.org_id, agent_id),
         };
-        if store::is_bound(&mut tx, &holder, resource_id).await? {
+        if store::is_bound(tx, &holder, resource_id).await? {
             return Err(GatewayError::AlreadyBound);
         }
         let binding = Binding {
@@ -368,15 +397,14 @@ impl Gateway {
             granted_at: now.to_rfc3339(),
             revoked_at: None,
         };
-        store::grant(&mut tx, &binding, actor).await?;
+        store::grant(tx, &binding, actor).await?;
         let details = json!({
             "binding_id": binding.binding_id,
             "agent_id": binding.agent_id,
             "principal_type": binding.principal_type,
             "resource_id": resource_id,
         });
-        tx.commit(&[event(EventType::McpBindingCreated, actor, details)]).await?;
-        Ok(binding)
+        Ok((binding, event(EventType::McpBindingCreated, actor, details)))
     }
 
     /// Bindings by id, revoked ones too: a page of at most a thousand, after `after` (exclusive).
@@ -406,16 +434,8 @@ impl Gateway {
         binding_id: &str,
     ) -> Result<(), GatewayError> {
         let mut tx = self.store.write().await?;
-        let revoked = store::revoke(&mut tx, binding_id, &now.to_rfc3339())
-            .await?
-            .ok_or(GatewayError::UnknownBinding)?;
-        let details = json!({
-            "binding_id": binding_id,
-            "agent_id": revoked.agent_id,
-            "principal_type": revoked.principal_type,
-            "resource_id": revoked.resource_id,
-        });
-        tx.commit(&[event(EventType::McpBindingRevoked, actor, details)]).await?;
+        let revoked = revoke(&mut tx, actor, now, binding_id).await?;
+        tx.commit(&[revoked]).await?;
         Ok(())
     }
 
@@ -465,6 +485,24 @@ impl Gateway {
             _ => Err(GatewayError::Fields(problems)),
         }
     }
+}
+
+/// Ends a grant; gives the event.
+async fn revoke(
+    tx: &mut WriteTx,
+    actor: &str,
+    now: UnixTime,
+    binding_id: &str,
+) -> Result<Event, GatewayError> {
+    let revoked =
+        store::revoke(tx, binding_id, &now.to_rfc3339()).await?.ok_or(GatewayError::UnknownBinding)?;
+    let details = json!({
+        "binding_id": binding_id,
+        "agent_id": revoked.agent_id,
+        "principal_type": revoked.principal_type,
+        "resource_id": revoked.resource_id,
+    });
+    Ok(event(EventType::McpBindingRevoked, actor, details))
 }
 
 /// Which bindings to list.

@@ -22,7 +22,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 
-use super::credential::{AccessTokens, ServerAuth};
+use super::credential::{AccessTokens, Asserted, CALLER_HEADER, ServerAuth};
 use super::jsonrpc::{self, Id};
 use super::listen::{Heard, Logs, belongs_to_a_request};
 use super::protocol::{
@@ -102,6 +102,8 @@ pub struct Link {
     pub(super) endpoint: Endpoint,
     pub(super) client: Option<Client>,
     pub(super) auth: ServerAuth,
+    /// Who calls, where the server is told; absent where we ask for ourselves.
+    pub(super) asserted: Option<Asserted>,
 }
 
 /// One request to an upstream server.
@@ -679,7 +681,12 @@ impl Peers {
                 .map(|found| found.capabilities)),
             // An older server refuses in one way or another.
             Ok(Err(_))
-            | Err(UpstreamError::Status(_) | UpstreamError::Garbage(_) | UpstreamError::Timeout) => Ok(None),
+            | Err(
+                UpstreamError::Status(_)
+                | UpstreamError::ContentType
+                | UpstreamError::Garbage(_)
+                | UpstreamError::Timeout,
+            ) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -753,7 +760,7 @@ impl Peers {
         let headers = self.headers(http, link, headers).await?;
         let incoming = http.post(&link.endpoint, link.client.as_ref(), headers, body).await?;
         if incoming.status() == 401 {
-            link.auth.forget_token(&self.tokens, &link.server).await;
+            link.auth.forget_token(&self.tokens, &link.server, link.asserted.as_ref()).await;
         }
         Ok(incoming)
     }
@@ -764,7 +771,13 @@ impl Peers {
         link: &Link,
         mut headers: HeaderMap,
     ) -> Result<HeaderMap, UpstreamError> {
-        headers.extend(link.auth.header(http, &self.tokens, &link.server).await?);
+        let asserted = link.asserted.as_ref();
+        headers.extend(link.auth.header(http, &self.tokens, &link.server, asserted).await?);
+        if let Some(word) = asserted.and_then(|asserted| asserted.for_server.as_deref()) {
+            let mut word = HeaderValue::from_str(word).map_err(|_| UpstreamError::Credential)?;
+            word.set_sensitive(true);
+            headers.insert(HeaderName::from_static(CALLER_HEADER), word);
+        }
         Ok(headers)
     }
 

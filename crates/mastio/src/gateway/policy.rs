@@ -20,7 +20,7 @@ use cedar_policy::{
     EntityUid, Policy, PolicyId, PolicySet, PrincipalConstraint, Request, ResourceConstraint, Response,
     RestrictedExpression, Schema, ValidationMode, ValidationWarning, Validator,
 };
-use mastio_core::audit::event::EventType;
+use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use moka::future::Cache;
 use serde::{Deserialize, Serialize};
@@ -28,11 +28,12 @@ use serde_json::{Map, Number, Value, json};
 
 use super::error::FieldProblem;
 use super::{Gateway, GatewayError, event, is_tool_name, store};
+use crate::store::WriteTx;
 
 /// Bytes of a rule at most.
 const TEXT_BYTES_MAX: usize = 16 * 1024;
 /// Rules that may be in force, in shadow or off.
-const POLICIES_MAX: usize = 2000;
+pub(super) const POLICIES_MAX: usize = 2000;
 /// Versions of one rule that are shown.
 const VERSIONS_SHOWN_MAX: i64 = 100;
 /// Sets of rules for one agent and one tool that are kept.
@@ -596,17 +597,6 @@ impl Gateway {
     ///
     /// Errors: [`GatewayError::Fields`] with what Cedar says.
     pub async fn check_rule(&self, name: &str, new: &NewRule) -> Result<(), GatewayError> {
-        if !is_tool_name(name) || name == BINDING {
-            return Err(field("name", "must match ^[A-Za-z0-9_.-]{1,64}$, and not be `binding`"));
-        }
-        if new.mode == Mode::Deleted {
-            return Err(field("mode", "must be one of enforce, shadow, off"));
-        }
-        if new.text.len() > TEXT_BYTES_MAX {
-            return Err(field("text", "must have at most 16384 bytes"));
-        }
-        let policy = Policy::parse(Some(PolicyId::new(name)), &new.text)
-            .map_err(|error| field("text", format!("is not one Cedar policy: {error}")))?;
         let input_schema = match &new.tool {
             None => None,
             Some(tool) => Some(
@@ -615,31 +605,16 @@ impl Gateway {
                     .ok_or_else(|| field("tool", "must be the name of a resource or of an approved tool"))?,
             ),
         };
-        let schema = schema(input_schema.as_ref()).map_err(|error| field("tool", error))?;
-        let mut set = PolicySet::new();
-        set.add(policy).map_err(|error| field("text", error.to_string()))?;
-        let validated = Validator::new(schema).validate(&set, ValidationMode::Strict);
-        // A condition that can never hold passes for valid, and a `forbid` with a slip in `has` would forbid nothing.
-        let never = validated.validation_warnings().filter(|warning| {
-            use ValidationWarning::{BidiCharsInIdentifier, BidiCharsInString, ImpossiblePolicy};
-            matches!(warning, ImpossiblePolicy(_) | BidiCharsInString(_) | BidiCharsInIdentifier(_))
-        });
-        let errors = validated.validation_errors().map(ToString::to_string);
-        let problems: Vec<String> = errors.chain(never.map(ToString::to_string)).take(5).collect();
-        if problems.is_empty() { Ok(()) } else { Err(field("text", problems.join("; "))) }
+        check(name, new, input_schema.as_ref())
     }
 
     /// The schema of a tool's arguments: of a resource, or as approved.
     async fn input_schema(&self, tool: &str) -> Result<Option<Value>, GatewayError> {
         let mut tx = self.store.read().await?;
         if let Some(tool) = store::server_tool(&mut tx, tool).await? {
-            let definition: Option<Value> =
-                tool.definition.as_deref().and_then(|definition| serde_json::from_str(definition).ok());
-            return Ok(definition.map(|definition| definition["inputSchema"].clone()));
+            return Ok(tool.input_schema());
         }
-        Ok(store::resource_schema(&mut tx, &self.org_id, tool).await?.map(|schema| {
-            schema.and_then(|schema| serde_json::from_str(&schema).ok()).unwrap_or_else(|| json!({}))
-        }))
+        Ok(store::resource_schema(&mut tx, &self.org_id, tool).await?.map(read_schema))
     }
 
     /// Saves a rule, as its next version.
@@ -658,7 +633,9 @@ impl Gateway {
         if rules.len() >= POLICIES_MAX && !rules.iter().any(|rule| rule.name == name) {
             return Err(GatewayError::TooManyPolicies(POLICIES_MAX));
         }
-        self.write_rule(tx, actor, now, name, new, EventType::McpPolicySaved).await
+        let (rule, saved) = write(&mut tx, actor, now, name, new).await?;
+        tx.commit(&[saved]).await?;
+        Ok(rule)
     }
 
     /// Ends a rule. Its versions stay.
@@ -666,43 +643,8 @@ impl Gateway {
     /// Errors: [`GatewayError::UnknownPolicy`].
     pub async fn delete_rule(&self, actor: &str, now: UnixTime, name: &str) -> Result<Rule, GatewayError> {
         let mut tx = self.store.write().await?;
-        let known = store::rules(&mut tx).await?.into_iter().find(|rule| rule.name == name);
-        let known = known.ok_or_else(|| GatewayError::UnknownPolicy(name.to_owned()))?;
-        let last = NewRule { text: known.text, tool: known.tool, mode: Mode::Deleted };
-        self.write_rule(tx, actor, now, name, last, EventType::McpPolicyDeleted).await
-    }
-
-    async fn write_rule(
-        &self,
-        mut tx: crate::store::WriteTx,
-        actor: &str,
-        now: UnixTime,
-        name: &str,
-        new: NewRule,
-        event_type: EventType,
-    ) -> Result<Rule, GatewayError> {
-        let (change, version) = store::next_rule(&mut tx, name).await?;
-        let rule = Rule {
-            change,
-            name: name.to_owned(),
-            version,
-            tool: new.tool,
-            mode: new.mode,
-            text: new.text,
-            saved_at: now.to_rfc3339(),
-            saved_by: actor.to_owned(),
-        };
-        store::insert_rule(&mut tx, &rule).await?;
-        // Every replica takes it up with its next decision: one that was judged by the old rules is not recorded.
-        tx.bump_epoch().await?;
-        let details = json!({
-            "policy": rule.name,
-            "version": rule.version,
-            "tool": rule.tool,
-            "mode": rule.mode.as_str(),
-            "text": rule.text,
-        });
-        tx.commit(&[event(event_type, actor, details)]).await?;
+        let (rule, deleted) = delete(&mut tx, actor, now, name).await?;
+        tx.commit(&[deleted]).await?;
         Ok(rule)
     }
 
@@ -729,6 +671,98 @@ impl Gateway {
         });
         Ok(Arc::new(Rules::of(-1, &rules)))
     }
+}
+
+/// A stored schema; what cannot be read says nothing.
+pub(super) fn read_schema(text: Option<String>) -> Value {
+    text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_else(|| json!({}))
+}
+
+/// Reads and validates a rule. `input_schema`: of the tool whose arguments it speaks of.
+///
+/// Errors: [`GatewayError::Fields`] with what Cedar says.
+pub(super) fn check(name: &str, new: &NewRule, input_schema: Option<&Value>) -> Result<(), GatewayError> {
+    if !is_tool_name(name) || name == BINDING {
+        return Err(field("name", "must match ^[A-Za-z0-9_.-]{1,64}$, and not be `binding`"));
+    }
+    if new.mode == Mode::Deleted {
+        return Err(field("mode", "must be one of enforce, shadow, off"));
+    }
+    if new.text.len() > TEXT_BYTES_MAX {
+        return Err(field("text", "must have at most 16384 bytes"));
+    }
+    let policy = Policy::parse(Some(PolicyId::new(name)), &new.text)
+        .map_err(|error| field("text", format!("is not one Cedar policy: {error}")))?;
+    let schema = schema(input_schema).map_err(|error| field("tool", error))?;
+    let mut set = PolicySet::new();
+    set.add(policy).map_err(|error| field("text", error.to_string()))?;
+    let validated = Validator::new(schema).validate(&set, ValidationMode::Strict);
+    // A condition that can never hold passes for valid, and a `forbid` with a slip in `has` would forbid nothing.
+    let never = validated.validation_warnings().filter(|warning| {
+        use ValidationWarning::{BidiCharsInIdentifier, BidiCharsInString, ImpossiblePolicy};
+        matches!(warning, ImpossiblePolicy(_) | BidiCharsInString(_) | BidiCharsInIdentifier(_))
+    });
+    let errors = validated.validation_errors().map(ToString::to_string);
+    let problems: Vec<String> = errors.chain(never.map(ToString::to_string)).take(5).collect();
+    if problems.is_empty() { Ok(()) } else { Err(field("text", problems.join("; "))) }
+}
+
+/// Writes the next version of a rule that was checked; gives the event.
+pub(super) async fn write(
+    tx: &mut WriteTx,
+    actor: &str,
+    now: UnixTime,
+    name: &str,
+    new: NewRule,
+) -> Result<(Rule, Event), GatewayError> {
+    write_as(tx, actor, now, name, new, EventType::McpPolicySaved).await
+}
+
+/// Ends a rule; gives the event.
+///
+/// Errors: [`GatewayError::UnknownPolicy`].
+pub(super) async fn delete(
+    tx: &mut WriteTx,
+    actor: &str,
+    now: UnixTime,
+    name: &str,
+) -> Result<(Rule, Event), GatewayError> {
+    let known = store::rules(tx).await?.into_iter().find(|rule| rule.name == name);
+    let known = known.ok_or_else(|| GatewayError::UnknownPolicy(name.to_owned()))?;
+    let last = NewRule { text: known.text, tool: known.tool, mode: Mode::Deleted };
+    write_as(tx, actor, now, name, last, EventType::McpPolicyDeleted).await
+}
+
+async fn write_as(
+    tx: &mut WriteTx,
+    actor: &str,
+    now: UnixTime,
+    name: &str,
+    new: NewRule,
+    event_type: EventType,
+) -> Result<(Rule, Event), GatewayError> {
+    let (change, version) = store::next_rule(tx, name).await?;
+    let rule = Rule {
+        change,
+        name: name.to_owned(),
+        version,
+        tool: new.tool,
+        mode: new.mode,
+        text: new.text,
+        saved_at: now.to_rfc3339(),
+        saved_by: actor.to_owned(),
+    };
+    store::insert_rule(tx, &rule).await?;
+    // Every replica takes it up with its next decision: one that was judged by the old rules is not recorded.
+    tx.bump_epoch().await?;
+    let details = json!({
+        "policy": rule.name,
+        "version": rule.version,
+        "tool": rule.tool,
+        "mode": rule.mode.as_str(),
+        "text": rule.text,
+    });
+    Ok((rule, event(event_type, actor, details)))
 }
 
 #[cfg(test)]

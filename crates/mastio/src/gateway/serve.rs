@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 
 use super::access::has_capability;
 use super::definition::sha256_hex;
+use super::evidence::Keeping;
 use super::jsonrpc::{self, Body, Call, Id, Message, RpcError, ToolCall, code};
 use super::listen::{Level, Listening, Logs, Place as StreamPlace, Wanted, server_key};
 use super::peer::{Answered, Ask, Link, Listener, SessionKey, request_key};
@@ -33,10 +34,10 @@ use super::upstream::{CALL_TIMEOUT, Credential, Endpoint, Slot, UpstreamError};
 use super::{Caller, Gateway, GatewayError, RESOURCES_MAX, bare, canonical, event, set};
 use crate::http::context::Context;
 use crate::http::error::{ApiError, Problem as _, chain};
-use crate::store::group::{Append, AppendError, OneUse};
+use crate::store::group::{Append, AppendError, Kept, OneUse};
 
 /// How often a caller is judged for one request: once more when its standing changed in between.
-const JUDGED_MAX: usize = 2;
+pub(super) const JUDGED_MAX: usize = 2;
 /// How long one of several servers may take to list what it has; a slower one is left out.
 const LIST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pages of one server's list that are put together with others'.
@@ -170,6 +171,9 @@ struct Relay {
     details: Value,
     /// The tool's name, for the metrics.
     tool: Option<String>,
+    /// What is kept of the call, and its arguments until they are.
+    keeping: Option<Keeping>,
+    kept: Option<Kept>,
 }
 
 struct Gather {
@@ -192,17 +196,21 @@ pub(super) async fn serve(
     loop {
         let planned = gateway.plan(&asked, &caller).await?;
         let (speaker, plans, batch) = planned;
-        let mut events = Vec::new();
+        let (mut events, mut kept) = (Vec::new(), Vec::new());
         let mut steps = Vec::with_capacity(plans.len());
-        for plan in plans {
+        for mut plan in plans {
             if let (true, Step::Answer(Answer::Malformed(_, error))) = (plan.events.is_empty(), &plan.step) {
                 events.push(refusal(&asked, &caller, error));
             }
             events.extend(plan.events);
+            if let Step::Relay(relay) = &mut plan.step {
+                kept.extend(relay.kept.take());
+            }
             steps.push(plan.step);
         }
         let append = Append {
             events,
+            kept,
             one_use: caller.one_use.clone(),
             access_token: caller.access_token.clone(),
             epoch: Some(caller.epoch),
@@ -263,8 +271,13 @@ pub(super) async fn end_session(
     one_use.extend(ended.map(|session| OneUse { id: session.ended_id(), expires_at: session.expires_at() }));
     let details = json!({ "request_id": context.request_id });
     let events = vec![event(event_type, &caller.agent_id, details)];
-    let append =
-        Append { events, one_use, access_token: caller.access_token.clone(), epoch: Some(caller.epoch) };
+    let append = Append {
+        events,
+        one_use,
+        access_token: caller.access_token.clone(),
+        epoch: Some(caller.epoch),
+        ..Append::default()
+    };
     if let Err(error) = gateway.journal.append(append).await {
         return Err(gateway.refused(context, parts, error).await);
     }
@@ -303,6 +316,7 @@ pub(super) async fn open_stream(
         one_use: caller.one_use.clone(),
         access_token: caller.access_token.clone(),
         epoch: Some(caller.epoch),
+        ..Append::default()
     };
     if let Err(error) = gateway.journal.append(append).await {
         return Err(gateway.refused(context, parts, error).await);
@@ -414,8 +428,10 @@ impl Gateway {
         let mut tx = self.store.read().await?;
         let servers = store::bound_servers(&mut tx, &self.holder(caller), SERVERS_MAX).await?;
         drop(tx);
-        let links: Vec<Link> =
-            servers.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
+        let mut links = Vec::with_capacity(servers.len());
+        for server in servers {
+            links.extend(self.link_unrecorded(caller, &Arc::new(server)).await);
+        }
         self.peers.forget(&self.upstream, session, &links).await;
         Ok(())
     }
@@ -471,7 +487,7 @@ impl Gateway {
         let (id, call) = match message {
             Message::Malformed(error) => return Ok(Plan::answer(Answer::Malformed(None, error))),
             Message::Notification(call) => return Ok(Self::plan_notification(speaker, &call)),
-            Message::Response { id, raw } => return self.plan_reply(speaker, &id, raw).await,
+            Message::Response { id, raw } => return self.plan_reply(caller, speaker, &id, raw).await,
             Message::Request { id, call } => (id, call),
         };
         let legacy = !speaker.revision.is_stateless();
@@ -561,8 +577,7 @@ impl Gateway {
             self.streams.set_level(session, level).await;
         }
         logging.retain(|server| !server.revision.is_some_and(Revision::is_stateless));
-        let links: Vec<Link> =
-            logging.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
+        let links = self.links_for(caller, logging).await;
         match <[Link; 1]>::try_from(links) {
             Ok([link]) => {
                 self.plan_relay(asked, id, call, link, None, Some((caller, EventType::McpRequestForwarded)))
@@ -592,6 +607,7 @@ impl Gateway {
 
     async fn plan_reply(
         &self,
+        caller: &Caller,
         speaker: &Speaker,
         id: &str,
         raw: Box<RawValue>,
@@ -599,7 +615,7 @@ impl Gateway {
         let reply = speaker.session.as_ref().and_then(|session| ReplyTo::open(id, session, &self.sealing));
         if let Some(reply) = reply
             && let Some(server) = store::server(&mut self.store.read().await?, &reply.upstream_id).await?
-            && let Ok(link) = self.link(&Arc::new(server))
+            && let Ok(link) = self.link_for(caller, &Arc::new(server)).await
         {
             return Ok(Plan::step(Step::Reply(Box::new((reply, link, raw)))));
         }
@@ -862,9 +878,17 @@ impl Gateway {
                 .map_err(|NotThisRevision(error)| GatewayError::HeaderMismatch(error))?;
         }
         let server = Arc::new(server);
-        let link = self.link(&server)?;
+        let link = self.link_for(caller, &server).await?;
         self.peers.admit(&server.upstream_id)?;
         let slot = self.server_slot(&server)?;
+        let keeping = self.keeping(&tool, caller, &asked.context);
+        let kept = match &keeping {
+            Some(keeping) => {
+                set(details, "evidence_id", &keeping.evidence_id);
+                self.sealed(keeping, "arguments", &call.arguments)?
+            }
+            None => None,
+        };
         let params = if tool.name == tool.upstream_name {
             call.params.clone()
         } else {
@@ -880,6 +904,8 @@ impl Gateway {
             event_type: Some(EventType::McpToolCalled),
             details: details.clone(),
             tool: Some(tool.name),
+            keeping,
+            kept,
         })))
     }
 
@@ -929,11 +955,8 @@ impl Gateway {
             let list = to_raw_value(&json!({ member: [] }))?;
             return Ok(Plan::answer(Answer::Under(id, Ok(finished(list, speaker.revision, true, true)?))));
         }
-        let links: Vec<Link> = servers
-            .into_iter()
-            .filter(|server| self.peers.admit(&server.upstream_id).is_ok())
-            .filter_map(|server| self.link(&Arc::new(server)).ok())
-            .collect();
+        servers.retain(|server| self.peers.admit(&server.upstream_id).is_ok());
+        let links = self.links_for(caller, servers).await;
         match <[Link; 1]>::try_from(links) {
             Ok([link]) => self.plan_relay(asked, id, call, link, None, None),
             Err(links) => {
@@ -941,6 +964,15 @@ impl Gateway {
                 Ok(Plan::step(Step::Gather(id, Box::new(gather))))
             }
         }
+    }
+
+    /// Those of the servers that can be spoken to.
+    async fn links_for(&self, caller: &Caller, servers: Vec<Server>) -> Vec<Link> {
+        let mut links = Vec::with_capacity(servers.len());
+        for server in servers {
+            links.extend(self.link_for(caller, &Arc::new(server)).await);
+        }
+        links
     }
 
     /// Anything else: for the one server of the caller's whom it can concern.
@@ -957,8 +989,7 @@ impl Gateway {
         if let Some(capability) = capability {
             servers.retain(|server| server.capabilities.contains_key(capability));
         }
-        let mut links: Vec<Link> =
-            servers.into_iter().filter_map(|server| self.link(&Arc::new(server)).ok()).collect();
+        let mut links = self.links_for(caller, servers).await;
         if links.len() > 1 {
             let Some((target, capability)) = target.as_deref().zip(capability) else {
                 return unknown_method(speaker, id, &call.method);
@@ -1064,6 +1095,8 @@ impl Gateway {
             event_type: audited.map(|(_, event_type)| event_type),
             details: details.clone(),
             tool: None,
+            keeping: None,
+            kept: None,
         };
         let mut plan = Plan::step(Step::Relay(Box::new(relay)));
         if let Some((caller, event_type)) = audited {
@@ -1137,7 +1170,8 @@ impl Gateway {
                 Err(to_raw_value(&RpcError::new(error.code(), error.to_string()))?)
             }
         };
-        self.record_outcome(caller, EventType::McpToolCalled, details, ("resource", &tool), started).await?;
+        let named = ("resource", tool.as_str());
+        self.record_outcome(caller, EventType::McpToolCalled, details, Vec::new(), named, started).await?;
         Ok(Answer::Under(id, outcome))
     }
 
@@ -1151,7 +1185,8 @@ impl Gateway {
         listener: &mut Listener,
     ) -> Result<Answer, GatewayError> {
         let started = Instant::now();
-        let Relay { id, link, slot, method, params, name, event_type, mut details, tool } = relay;
+        let Relay { id, link, slot, method, params, name, event_type, mut details, tool, keeping, .. } =
+            relay;
         let (place, cancelled) =
             self.underway.enter(speaker.session.as_ref().map(|session| request_key(session, &id)));
         listener.cancelled = cancelled;
@@ -1191,6 +1226,13 @@ impl Gateway {
             method.as_str(),
             "resources/list" | "resources/templates/list" | "prompts/list" | "resources/read"
         );
+        let mut kept = Vec::new();
+        if let (Some(keeping), Ok(Ok(said) | Err(said))) = (&keeping, &answered)
+            && let Some(result) = self.sealed(keeping, "result", said)?
+        {
+            set(&mut details, "result_digest", &result.digest);
+            kept.push(result);
+        }
         let outcome = match answered {
             Ok(Ok(result)) => {
                 if needs_input(&result) && !speaker.revision.is_stateless() {
@@ -1215,7 +1257,7 @@ impl Gateway {
         };
         if let Some(event_type) = event_type {
             let named = (link.server.name.as_str(), tool.as_deref().unwrap_or_default());
-            self.record_outcome(caller, event_type, details, named, started).await?;
+            self.record_outcome(caller, event_type, details, kept, named, started).await?;
         }
         Ok(Answer::Under(id, outcome))
     }
@@ -1225,6 +1267,7 @@ impl Gateway {
         caller: &Caller,
         event_type: EventType,
         mut details: Value,
+        kept: Vec<Kept>,
         (upstream, tool): (&str, &str),
         started: Instant,
     ) -> Result<(), GatewayError> {
@@ -1247,7 +1290,7 @@ impl Gateway {
         }
         // No epoch: the call was made, so its outcome belongs into the log whatever has changed since.
         let events = vec![event(event_type, &caller.agent_id, details)];
-        self.journal.append(Append { events, ..Append::default() }).await?;
+        self.journal.append(Append { events, kept, ..Append::default() }).await?;
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl Drop for Counted {
 }
 
 impl Fake {
-    async fn start(modern: bool) -> Arc<Self> {
+    pub(super) async fn start(modern: bool) -> Arc<Self> {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let fake = Arc::new(Self {
             manner: Mutex::new(Manner { modern, sessions: !modern, down: false }),
@@ -70,8 +70,25 @@ impl Fake {
         fake
     }
 
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         format!("http://{}/mcp", self.address)
+    }
+
+    pub(super) fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
+    /// The forms that the token endpoint got.
+    pub(super) fn tokens(&self) -> Vec<String> {
+        let seen = self.seen.lock().unwrap();
+        let forms = seen.iter().filter(|(_, body)| body["method"] == "token");
+        forms.map(|(_, body)| body["form"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// What every request had in this header.
+    pub(super) fn headers(&self, name: &str) -> Vec<String> {
+        let seen = self.seen.lock().unwrap();
+        seen.iter().filter_map(|(headers, _)| Some(headers.get(name)?.to_str().unwrap().to_owned())).collect()
     }
 
     /// Headers and parameters of every call of a tool.
@@ -103,7 +120,8 @@ async fn token(State(fake): State<Arc<Fake>>, headers: HeaderMap, body: String) 
     let number = fake.numbers.fetch_add(1, Ordering::SeqCst);
     fake.seen.lock().unwrap().push((headers, json!({ "method": "token", "form": body })));
     axum::Json(
-        json!({ "access_token": format!("granted-{number}"), "token_type": "Bearer", "expires_in": 3600 }),
+        json!({ "access_token": format!("granted-{number}"), "token_type": "Bearer", "expires_in": 3600,
+            "issued_token_type": "urn:ietf:params:oauth:token-type:access_token" }),
     )
     .into_response()
 }
@@ -255,7 +273,7 @@ impl World {
         self.server_with(json!({ "name": name, "endpoint_url": fake.url() })).await
     }
 
-    async fn server_with(&self, body: Value) -> String {
+    pub(super) async fn server_with(&self, body: Value) -> String {
         let (status, body) = self.admin_at(Method::POST, "/v1/admin/mcp-upstreams", body).await;
         assert_eq!(status, StatusCode::CREATED, "{body}");
         assert_eq!(body["discovery_error"], Value::Null, "{body}");
@@ -263,7 +281,7 @@ impl World {
     }
 
     /// Approves whatever is proposed or changed.
-    async fn approve_all(&self) {
+    pub(super) async fn approve_all(&self) {
         let (_, tools) = self.admin_at(Method::GET, "/v1/admin/mcp-tools", Value::Null).await;
         for tool in tools.as_array().unwrap().iter().filter(|tool| tool["standing"] != "approved") {
             let path = format!("/v1/admin/mcp-tools/{}/approve", tool["name"].as_str().unwrap());

@@ -8,29 +8,33 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use mastio_core::audit::event::EventType;
+use mastio_core::audit::event::{Event, EventType};
 use mastio_core::time::UnixTime;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::credential::{Auth, ServerAuth};
+use super::credential::{Asserted, Auth, EXCHANGED, ServerAuth};
 use super::definition::{self, DefinitionError};
 use super::error::FieldProblem;
+use super::evidence::DAYS_MAX as RETENTION_DAYS_MAX;
 use super::peer::{Discovered, Link, TOOLS_MAX};
 use super::protocol::Revision;
+use super::serve::JUDGED_MAX;
 use super::upstream::UpstreamError;
 use super::{
-    DESCRIPTION_BYTES_MAX, DOMAINS_MAX, Gateway, GatewayError, URL_BYTES_MAX, event, is_domain, is_tool_name,
-    is_word, store,
+    Caller, DESCRIPTION_BYTES_MAX, DOMAINS_MAX, Gateway, GatewayError, URL_BYTES_MAX, canonical, event,
+    is_domain, is_tool_name, is_word, store,
 };
+use crate::store::WriteTx;
+use crate::store::group::{Append, AppendError};
 
 /// Servers that may be registered.
 pub const SERVERS_MAX: i64 = 200;
 /// Between two messages of a server, unless told otherwise.
-const TIMEOUT_MS_DEFAULT: i64 = 60_000;
+pub(super) const TIMEOUT_MS_DEFAULT: i64 = 60_000;
 /// At once, unless told otherwise.
-const CALLS_MAX_DEFAULT: i64 = 64;
+pub(super) const CALLS_MAX_DEFAULT: i64 = 64;
 /// Names in one event.
 const NAMES_IN_EVENT_MAX: usize = 50;
 
@@ -59,6 +63,8 @@ pub struct Server {
     pub timeout_ms: i64,
     /// Requests to it under way at once.
     pub calls_max: i64,
+    /// Whether it is told who calls, by our signed word.
+    pub asserts_caller: bool,
     /// Whether it may be called.
     pub enabled: bool,
     /// The revision that it is spoken to in; absent until it was looked at.
@@ -100,6 +106,9 @@ pub struct NewServer {
     /// Requests under way at once.
     #[serde(default = "calls_max_default")]
     pub calls_max: i64,
+    /// Whether it is told who calls.
+    #[serde(default)]
+    pub asserts_caller: bool,
     /// Whether it may be called.
     #[serde(default = "enabled_default")]
     pub enabled: bool,
@@ -119,6 +128,7 @@ impl NewServer {
             ca_pem: None,
             timeout_ms: TIMEOUT_MS_DEFAULT,
             calls_max: CALLS_MAX_DEFAULT,
+            asserts_caller: false,
             enabled: true,
         }
     }
@@ -197,6 +207,8 @@ pub struct Tool {
     pub required_capability: Option<String>,
     /// How often an agent may call it.
     pub calls_per_minute: Option<i64>,
+    /// For how many days its arguments and results are kept; absent for not at all.
+    pub retention_days: Option<i64>,
     /// RFC 3339.
     pub first_seen_at: String,
     /// RFC 3339.
@@ -210,6 +222,19 @@ impl Tool {
     #[must_use]
     pub fn is_offered(&self) -> bool {
         self.standing() == "approved"
+    }
+
+    /// The digest of the definition that is approved; absent for a tool that is not.
+    #[must_use]
+    pub fn approved_digest(&self) -> Option<&str> {
+        self.definition_digest.as_deref().filter(|_| self.state == ToolState::Approved)
+    }
+
+    /// The approved schema of its arguments; absent for a tool that was never approved.
+    #[must_use]
+    pub fn input_schema(&self) -> Option<Value> {
+        let definition: Value = serde_json::from_str(self.definition.as_deref()?).ok()?;
+        Some(definition["inputSchema"].clone())
     }
 
     /// One word for what keeps it from agents: `approved`, `proposed`, `changed`, `blocked`, `gone`.
@@ -259,7 +284,80 @@ impl Gateway {
         let endpoint = self.upstream.endpoint(&server.endpoint_url, &server.allowed_domains)?;
         let auth = ServerAuth::open(server, &self.sealing)?;
         let client = self.peers.client(server, &endpoint, &auth)?;
-        Ok(Link { server: Arc::clone(server), endpoint, client, auth })
+        Ok(Link { server: Arc::clone(server), endpoint, client, auth, asserted: None })
+    }
+
+    /// The same, for a caller: a server that wants to know who calls is told.
+    ///
+    /// Whoever asks the server records it at the caller's epoch first, because that is what a signature stands at.
+    ///
+    /// Errors: [`UpstreamError`]; [`UpstreamError::Halted`] while nothing is signed.
+    pub(super) async fn link_for(
+        &self,
+        caller: &Caller,
+        server: &Arc<Server>,
+    ) -> Result<Link, UpstreamError> {
+        let mut link = self.link(server)?;
+        let token_url = link.auth.exchanges_at().map(str::to_owned);
+        if !server.asserts_caller && token_url.is_none() {
+            return Ok(link);
+        }
+        let caller = Caller { agent_id: canonical(&self.org_id, &caller.agent_id), ..caller.clone() };
+        let for_server = match server.asserts_caller {
+            true => Some(self.word_for(&caller, server, &server.endpoint_url).await?),
+            false => None,
+        };
+        let for_token_endpoint = match &token_url {
+            Some(token_url) => Some(self.word_for(&caller, server, token_url).await?),
+            None => None,
+        };
+        let named = format!("{} {}", caller.principal_type, caller.agent_id);
+        link.asserted = Some(Asserted { caller: named, for_server, for_token_endpoint });
+        Ok(link)
+    }
+
+    /// The same, where nothing is recorded of what is asked: that the caller and the permit of our word still stood is.
+    ///
+    /// Errors: as [`Gateway::link_for`]; [`UpstreamError::Halted`] also for a caller who would not be let in any more.
+    pub(super) async fn link_unrecorded(
+        &self,
+        caller: &Caller,
+        server: &Arc<Server>,
+    ) -> Result<Link, UpstreamError> {
+        if !server.asserts_caller && server.auth_type != EXCHANGED {
+            return self.link(server);
+        }
+        for _round in 0..JUDGED_MAX {
+            let standing = self.authenticate.standing(caller).await.ok().flatten();
+            let standing = standing.ok_or(UpstreamError::Halted)?;
+            let link = self.link_for(&standing, server).await?;
+            let permit = Append {
+                access_token: caller.access_token.clone(),
+                epoch: Some(standing.epoch),
+                ..Append::default()
+            };
+            match self.journal.append(permit).await {
+                Ok(_) => return Ok(link),
+                Err(AppendError::Stale) => {
+                    self.authenticate.refresh().await.map_err(|_| UpstreamError::Halted)?;
+                }
+                Err(_) => return Err(UpstreamError::Halted),
+            }
+        }
+        Err(UpstreamError::Halted)
+    }
+
+    async fn word_for(
+        &self,
+        caller: &Caller,
+        server: &Server,
+        audience: &str,
+    ) -> Result<String, UpstreamError> {
+        let now = self.store.clock().now().seconds();
+        self.authenticate.assert(caller, audience, now).await.map_err(|error| {
+            tracing::warn!(upstream = server.name, error = ?error, "mcp_caller_not_asserted");
+            UpstreamError::Halted
+        })
     }
 
     /// Registers a server and looks at it. A server that does not answer is registered all the same.
@@ -272,18 +370,15 @@ impl Gateway {
         new: NewServer,
     ) -> Result<(Server, Option<Look>), GatewayError> {
         self.check_server(&new, None)?;
-        let upstream_id = self.entropy.uuid();
-        let auth = new.auth.clone().unwrap_or(Auth::None);
-        let server = self.server_row(upstream_id, &new, Some(&auth), now, None)?;
         let mut tx = self.store.write().await?;
-        if store::server(&mut tx, &server.name).await?.is_some() {
+        if store::server(&mut tx, &new.name).await?.is_some() {
             return Err(GatewayError::NameTaken(new.name));
         }
         if store::count_servers(&mut tx).await? >= SERVERS_MAX {
             return Err(GatewayError::TooManyResources(SERVERS_MAX));
         }
-        store::insert_server(&mut tx, &server).await?;
-        tx.commit(&[event(EventType::McpUpstreamCreated, actor, described(&server))]).await?;
+        let (server, created) = self.insert_server(&mut tx, actor, now, &new).await?;
+        tx.commit(&[created]).await?;
         let look = self.look(actor, now, &server.upstream_id).await.ok();
         Ok((self.server(&server.upstream_id).await?, look))
     }
@@ -300,17 +395,45 @@ impl Gateway {
     ) -> Result<Server, GatewayError> {
         let known = self.server(id).await?;
         self.check_server(&new, Some(&known))?;
-        let row = self.server_row(known.upstream_id.clone(), &new, new.auth.as_ref(), now, Some(&known))?;
         let mut tx = self.store.write().await?;
-        if row.name != known.name && store::server(&mut tx, &row.name).await?.is_some() {
+        if new.name != known.name && store::server(&mut tx, &new.name).await?.is_some() {
             return Err(GatewayError::NameTaken(new.name));
         }
-        store::update_server(&mut tx, &row).await?;
-        tx.commit(&[event(EventType::McpUpstreamChanged, actor, described(&row))]).await?;
-        if row.endpoint_url != known.endpoint_url || new.auth.is_some() {
-            let _told_in_the_row = self.look(actor, now, &row.upstream_id).await;
+        let changed = self.update_server(&mut tx, actor, now, &known, &new).await?;
+        tx.commit(&[changed]).await?;
+        if new.endpoint_url != known.endpoint_url || new.auth.is_some() {
+            let _told_in_the_row = self.look(actor, now, &known.upstream_id).await;
         }
-        self.server(&row.upstream_id).await
+        self.server(&known.upstream_id).await
+    }
+
+    /// Writes a server that was checked; gives the event.
+    pub(super) async fn insert_server(
+        &self,
+        tx: &mut WriteTx,
+        actor: &str,
+        now: UnixTime,
+        new: &NewServer,
+    ) -> Result<(Server, Event), GatewayError> {
+        let auth = new.auth.clone().unwrap_or(Auth::None);
+        let server = self.server_row(self.entropy.uuid(), new, Some(&auth), now, None)?;
+        store::insert_server(tx, &server).await?;
+        let created = event(EventType::McpUpstreamCreated, actor, described(&server));
+        Ok((server, created))
+    }
+
+    /// Writes settings that were checked; gives the event.
+    pub(super) async fn update_server(
+        &self,
+        tx: &mut WriteTx,
+        actor: &str,
+        now: UnixTime,
+        known: &Server,
+        new: &NewServer,
+    ) -> Result<Event, GatewayError> {
+        let row = self.server_row(known.upstream_id.clone(), new, new.auth.as_ref(), now, Some(known))?;
+        store::update_server(tx, &row).await?;
+        Ok(event(EventType::McpUpstreamChanged, actor, described(&row)))
     }
 
     fn server_row(
@@ -338,6 +461,7 @@ impl Gateway {
             ca_pem: new.ca_pem.clone(),
             timeout_ms: new.timeout_ms,
             calls_max: new.calls_max,
+            asserts_caller: new.asserts_caller,
             enabled: new.enabled,
             revision: known.and_then(|known| known.revision),
             capabilities: known.map(|known| known.capabilities.clone()).unwrap_or_default(),
@@ -348,7 +472,8 @@ impl Gateway {
         })
     }
 
-    fn check_server(&self, new: &NewServer, known: Option<&Server>) -> Result<(), GatewayError> {
+    /// Errors: [`GatewayError::Fields`] with everything that is wrong. `known`: the server that is changed.
+    pub(super) fn check_server(&self, new: &NewServer, known: Option<&Server>) -> Result<(), GatewayError> {
         let mut problems = Vec::new();
         let mut expect = |holds: bool, field: &'static str, message: &str| {
             if !holds {
@@ -426,14 +551,8 @@ impl Gateway {
         let mut tx = self.store.write().await?;
         let server =
             store::server(&mut tx, id).await?.ok_or_else(|| GatewayError::UnknownUpstream(id.to_owned()))?;
-        let (tools, bindings) = store::delete_server(&mut tx, &server.upstream_id).await?;
-        let details = json!({
-            "upstream_id": server.upstream_id,
-            "name": server.name,
-            "tools_deleted": tools,
-            "bindings_deleted": bindings,
-        });
-        tx.commit(&[event(EventType::McpUpstreamDeleted, actor, details)]).await?;
+        let removed = remove(&mut tx, actor, &server).await?;
+        tx.commit(&[removed]).await?;
         Ok(())
     }
 
@@ -533,6 +652,7 @@ impl Gateway {
                         imitates,
                         required_capability: None,
                         calls_per_minute: None,
+                        retention_days: None,
                         first_seen_at: now.to_rfc3339(),
                         approved_at: None,
                         approved_by: None,
@@ -655,27 +775,8 @@ impl Gateway {
         if let (Some(other), false) = (&tool.imitates, accept_imitation) {
             return Err(GatewayError::Imitates { name: tool.name, other: other.clone() });
         }
-        let found: Value = serde_json::from_str(&tool.found)?;
-        definition::validator(&found["inputSchema"])?;
-        let before = tool.definition_digest.clone();
-        let approved = Tool {
-            state: ToolState::Approved,
-            definition: Some(tool.found.clone()),
-            definition_digest: Some(tool.found_digest.clone()),
-            approved_at: Some(now.to_rfc3339()),
-            approved_by: Some(actor.to_owned()),
-            ..tool
-        };
-        store::update_tool(&mut tx, &approved).await?;
-        let details = json!({
-            "tool_id": approved.tool_id,
-            "tool": approved.name,
-            "upstream_id": approved.upstream_id,
-            "definition_digest": approved.definition_digest,
-            "definition_digest_before": before,
-            "imitates": approved.imitates,
-        });
-        tx.commit(&[event(EventType::McpToolApproved, actor, details)]).await?;
+        let (approved, event) = approve(&mut tx, actor, now, tool).await?;
+        tx.commit(&[event]).await?;
         Ok(approved)
     }
 
@@ -694,42 +795,130 @@ impl Gateway {
         Ok(blocked)
     }
 
-    /// Sets what a tool asks of its callers.
+    /// Sets what a tool asks of its callers, and what is kept of their calls.
     ///
     /// Errors: [`GatewayError::UnknownTool`], [`GatewayError::Fields`].
-    pub async fn limit_tool(
-        &self,
-        actor: &str,
-        id: &str,
-        required_capability: Option<String>,
-        calls_per_minute: Option<i64>,
-    ) -> Result<Tool, GatewayError> {
-        let mut problems = Vec::new();
-        if !required_capability.as_deref().is_none_or(|capability| is_word(capability, 128)) {
-            let message = "must be 1 to 128 printable characters without spaces".to_owned();
-            problems.push(FieldProblem { field: "required_capability", message });
-        }
-        if !calls_per_minute.is_none_or(|calls| (1..=1_000_000).contains(&calls)) {
-            let message = "must be 1 to 1000000".to_owned();
-            problems.push(FieldProblem { field: "calls_per_minute", message });
-        }
-        if !problems.is_empty() {
-            return Err(GatewayError::Fields(problems));
-        }
+    pub async fn limit_tool(&self, actor: &str, id: &str, limits: ToolLimits) -> Result<Tool, GatewayError> {
+        limits.check()?;
         let mut tx = self.store.write().await?;
         let tool =
             store::server_tool(&mut tx, id).await?.ok_or_else(|| GatewayError::UnknownTool(id.to_owned()))?;
-        let limited = Tool { required_capability, calls_per_minute, ..tool };
-        store::update_tool(&mut tx, &limited).await?;
-        let details = json!({
-            "tool_id": limited.tool_id,
-            "tool": limited.name,
-            "required_capability": limited.required_capability,
-            "calls_per_minute": limited.calls_per_minute,
-        });
-        tx.commit(&[event(EventType::McpToolChanged, actor, details)]).await?;
+        let (limited, event) = limit(&mut tx, actor, tool, limits).await?;
+        tx.commit(&[event]).await?;
         Ok(limited)
     }
+}
+
+/// What a tool asks of its callers, and what is kept of their calls. What is absent is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ToolLimits {
+    /// The capability that callers need besides a binding.
+    pub required_capability: Option<String>,
+    /// How often an agent may call it.
+    pub calls_per_minute: Option<i64>,
+    /// For how many days arguments and results are kept.
+    pub retention_days: Option<i64>,
+}
+
+impl ToolLimits {
+    /// Those of a tool.
+    #[must_use]
+    pub fn of(tool: &Tool) -> Self {
+        Self {
+            required_capability: tool.required_capability.clone(),
+            calls_per_minute: tool.calls_per_minute,
+            retention_days: tool.retention_days,
+        }
+    }
+
+    /// Errors: [`GatewayError::Fields`].
+    pub(super) fn check(&self) -> Result<(), GatewayError> {
+        let mut problems = Vec::new();
+        let mut expect = |holds: bool, field: &'static str, message: String| {
+            if !holds {
+                problems.push(FieldProblem { field, message });
+            }
+        };
+        expect(
+            self.required_capability.as_deref().is_none_or(|capability| is_word(capability, 128)),
+            "required_capability",
+            "must be 1 to 128 printable characters without spaces".to_owned(),
+        );
+        let within = |value: Option<i64>, most: i64| value.is_none_or(|value| (1..=most).contains(&value));
+        expect(
+            within(self.calls_per_minute, 1_000_000),
+            "calls_per_minute",
+            "must be 1 to 1000000".to_owned(),
+        );
+        let days = format!("must be 1 to {RETENTION_DAYS_MAX}");
+        expect(within(self.retention_days, RETENTION_DAYS_MAX), "retention_days", days);
+        if problems.is_empty() { Ok(()) } else { Err(GatewayError::Fields(problems)) }
+    }
+}
+
+/// Removes a server, its tools and every binding to either; gives the event.
+pub(super) async fn remove(tx: &mut WriteTx, actor: &str, server: &Server) -> Result<Event, GatewayError> {
+    let (tools, bindings) = store::delete_server(tx, &server.upstream_id).await?;
+    let details = json!({
+        "upstream_id": server.upstream_id,
+        "name": server.name,
+        "tools_deleted": tools,
+        "bindings_deleted": bindings,
+    });
+    Ok(event(EventType::McpUpstreamDeleted, actor, details))
+}
+
+/// Writes a tool as approved with the definition that its server gives now; gives the event.
+///
+/// Errors: [`GatewayError::Definition`] for a schema that is none.
+pub(super) async fn approve(
+    tx: &mut WriteTx,
+    actor: &str,
+    now: UnixTime,
+    tool: Tool,
+) -> Result<(Tool, Event), GatewayError> {
+    let found: Value = serde_json::from_str(&tool.found)?;
+    definition::validator(&found["inputSchema"])?;
+    let before = tool.definition_digest.clone();
+    let approved = Tool {
+        state: ToolState::Approved,
+        definition: Some(tool.found.clone()),
+        definition_digest: Some(tool.found_digest.clone()),
+        approved_at: Some(now.to_rfc3339()),
+        approved_by: Some(actor.to_owned()),
+        ..tool
+    };
+    store::update_tool(tx, &approved).await?;
+    let details = json!({
+        "tool_id": approved.tool_id,
+        "tool": approved.name,
+        "upstream_id": approved.upstream_id,
+        "definition_digest": approved.definition_digest,
+        "definition_digest_before": before,
+        "imitates": approved.imitates,
+    });
+    Ok((approved, event(EventType::McpToolApproved, actor, details)))
+}
+
+/// Writes what a tool asks of its callers; gives the event.
+pub(super) async fn limit(
+    tx: &mut WriteTx,
+    actor: &str,
+    tool: Tool,
+    limits: ToolLimits,
+) -> Result<(Tool, Event), GatewayError> {
+    let ToolLimits { required_capability, calls_per_minute, retention_days } = limits;
+    let limited = Tool { required_capability, calls_per_minute, retention_days, ..tool };
+    store::update_tool(tx, &limited).await?;
+    let details = json!({
+        "tool_id": limited.tool_id,
+        "tool": limited.name,
+        "required_capability": limited.required_capability,
+        "calls_per_minute": limited.calls_per_minute,
+        "retention_days": limited.retention_days,
+    });
+    Ok((limited, event(EventType::McpToolChanged, actor, details)))
 }
 
 /// Reads a definition. Errors: its name as far as it can be shown, and what is wrong.
@@ -774,6 +963,7 @@ fn described(server: &Server) -> Value {
         "required_capability": server.required_capability,
         "timeout_ms": server.timeout_ms,
         "calls_max": server.calls_max,
+        "asserts_caller": server.asserts_caller,
         "enabled": server.enabled,
     })
 }

@@ -5,6 +5,7 @@
 
 use mastio_core::time::UnixTime;
 
+use super::evidence::Evidence;
 use super::peer::Discovered;
 use super::policy::{Mode, Rule};
 use super::protocol::Revision;
@@ -168,7 +169,7 @@ pub(super) async fn insert_resource(
 
 /// Resources by name.
 pub(super) async fn resources(
-    tx: &mut ReadTx,
+    tx: &mut impl Query,
     org_id: &str,
     limit: i64,
 ) -> Result<Vec<Resource>, StoreError> {
@@ -305,19 +306,19 @@ pub(super) async fn bindings(
             tx.rows(BINDING_BY_BOTH, values![after, limit, canonical, bare, resource_id]).await?
         }
     };
-    rows.iter()
-        .map(|row| {
-            Ok(Binding {
-                binding_id: row.text(0)?,
-                agent_id: row.text(1)?,
-                principal_type: row.text(2)?,
-                resource_id: row.text(3)?,
-                org_id: row.optional_text(4)?,
-                granted_at: row.text(5)?,
-                revoked_at: row.optional_text(6)?,
-            })
-        })
-        .collect()
+    rows.iter().map(read_binding).collect()
+}
+
+fn read_binding(row: &Row) -> Result<Binding, StoreError> {
+    Ok(Binding {
+        binding_id: row.text(0)?,
+        agent_id: row.text(1)?,
+        principal_type: row.text(2)?,
+        resource_id: row.text(3)?,
+        org_id: row.optional_text(4)?,
+        granted_at: row.text(5)?,
+        revoked_at: row.optional_text(6)?,
+    })
 }
 
 /// What a revoked binding was about.
@@ -350,14 +351,14 @@ pub(super) async fn revoke(
 
 const SERVER: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
      allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
-     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams WHERE upstream_id = $1 OR name = $1 \
+     discovered_at, discovery_error, created_at, updated_at, asserts_caller FROM mcp_upstreams WHERE upstream_id = $1 OR name = $1 \
      ORDER BY CASE WHEN upstream_id = $1 THEN 0 ELSE 1 END LIMIT 1";
 const SERVERS: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
      allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
-     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams ORDER BY name LIMIT $1";
+     discovered_at, discovery_error, created_at, updated_at, asserts_caller FROM mcp_upstreams ORDER BY name LIMIT $1";
 const BOUND_SERVERS: &str = "SELECT upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
      allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
-     discovered_at, discovery_error, created_at, updated_at FROM mcp_upstreams WHERE enabled = 1 AND upstream_id IN (\
+     discovered_at, discovery_error, created_at, updated_at, asserts_caller FROM mcp_upstreams WHERE enabled = 1 AND upstream_id IN (\
      SELECT b.resource_id FROM local_agent_resource_bindings b WHERE b.agent_id IN ($2, $3) \
      AND b.principal_type = $1 AND b.revoked_at IS NULL) ORDER BY name LIMIT $4";
 
@@ -382,6 +383,7 @@ fn read_server(row: &Row) -> Result<Server, StoreError> {
         discovery_error: row.optional_text(15)?,
         created_at: row.text(16)?,
         updated_at: row.text(17)?,
+        asserts_caller: row.truth(18)?,
     })
 }
 
@@ -391,7 +393,7 @@ pub(super) async fn server(tx: &mut impl Query, id: &str) -> Result<Option<Serve
 }
 
 /// Servers by name.
-pub(super) async fn servers(tx: &mut ReadTx, limit: i64) -> Result<Vec<Server>, StoreError> {
+pub(super) async fn servers(tx: &mut impl Query, limit: i64) -> Result<Vec<Server>, StoreError> {
     tx.rows(SERVERS, values![limit]).await?.iter().map(read_server).collect()
 }
 
@@ -415,7 +417,8 @@ pub(super) async fn insert_server(tx: &mut WriteTx, server: &Server) -> Result<(
     tx.execute(
         "INSERT INTO mcp_upstreams (upstream_id, name, endpoint_url, description, auth_type, credential_sealed, \
          allowed_domains, required_capability, ca_pem, timeout_ms, calls_max, enabled, revision, capabilities, \
-         created_at, updated_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, NULL, '{}', $13, $14)",
+         created_at, updated_at, asserts_caller) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, NULL, '{}', $13, $14, $15)",
         values![
             &server.upstream_id,
             &server.name,
@@ -431,6 +434,7 @@ pub(super) async fn insert_server(tx: &mut WriteTx, server: &Server) -> Result<(
             server.enabled,
             &server.created_at,
             &server.updated_at,
+            server.asserts_caller,
         ],
     )
     .await
@@ -446,7 +450,7 @@ pub(super) async fn update_server(tx: &mut WriteTx, server: &Server) -> Result<(
     tx.execute(
         "UPDATE mcp_upstreams SET name = $2, endpoint_url = $3, description = $4, auth_type = $5, \
          credential_sealed = $6, allowed_domains = $7, required_capability = $8, ca_pem = $9, timeout_ms = $10, \
-         calls_max = $11, enabled = $12, updated_at = $13 WHERE upstream_id = $1",
+         calls_max = $11, enabled = $12, updated_at = $13, asserts_caller = $14 WHERE upstream_id = $1",
         values![
             &server.upstream_id,
             &server.name,
@@ -461,6 +465,7 @@ pub(super) async fn update_server(tx: &mut WriteTx, server: &Server) -> Result<(
             server.calls_max,
             server.enabled,
             &server.updated_at,
+            server.asserts_caller,
         ],
     )
     .await
@@ -510,14 +515,17 @@ pub(super) async fn note_discovery(
 
 const TOOL_BY_ID: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
      found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
-     approved_by FROM mcp_tools WHERE tool_id = $1 OR name = $1 \
+     approved_by, retention_days FROM mcp_tools WHERE tool_id = $1 OR name = $1 \
      ORDER BY CASE WHEN tool_id = $1 THEN 0 ELSE 1 END LIMIT 1";
 const TOOL_BY_NAME: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
      found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
-     approved_by FROM mcp_tools WHERE name = $1";
+     approved_by, retention_days FROM mcp_tools WHERE name = $1";
+const TOOLS: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
+     found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
+     approved_by, retention_days FROM mcp_tools ORDER BY name";
 const TOOLS_OF: &str = "SELECT tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, \
      found, found_digest, present, imitates, required_capability, calls_per_minute, first_seen_at, approved_at, \
-     approved_by FROM mcp_tools WHERE upstream_id = $1 ORDER BY name LIMIT $2";
+     approved_by, retention_days FROM mcp_tools WHERE upstream_id = $1 ORDER BY name LIMIT $2";
 
 fn read_tool(row: &Row) -> Result<ServerTool, StoreError> {
     Ok(ServerTool {
@@ -537,6 +545,7 @@ fn read_tool(row: &Row) -> Result<ServerTool, StoreError> {
         first_seen_at: row.text(13)?,
         approved_at: row.optional_text(14)?,
         approved_by: row.optional_text(15)?,
+        retention_days: row.optional_integer(16)?,
     })
 }
 
@@ -563,6 +572,59 @@ pub(super) async fn tools_of(
     limit: i64,
 ) -> Result<Vec<ServerTool>, StoreError> {
     tx.rows(TOOLS_OF, values![upstream_id, limit]).await?.iter().map(read_tool).collect()
+}
+
+/// Every tool of every server, by name.
+pub(super) async fn every_tool(tx: &mut impl Query) -> Result<Vec<ServerTool>, StoreError> {
+    tx.rows(TOOLS, &[]).await?.iter().map(read_tool).collect()
+}
+
+/// The id of the tool, upstream or resource of this name.
+pub(super) async fn id_by_name(
+    tx: &mut impl Query,
+    org_id: &str,
+    kind: &str,
+    name: &str,
+) -> Result<Option<String>, StoreError> {
+    let row = match kind {
+        "tool" => tx.row("SELECT tool_id FROM mcp_tools WHERE name = $1", values![name]).await?,
+        "upstream" => tx.row("SELECT upstream_id FROM mcp_upstreams WHERE name = $1", values![name]).await?,
+        _ => {
+            tx.row(
+                "SELECT resource_id FROM local_mcp_resources WHERE name = $2 AND (org_id = $1 OR org_id IS NULL) \
+                 ORDER BY CASE WHEN org_id IS NULL THEN 1 ELSE 0 END LIMIT 1",
+                values![org_id, name],
+            )
+            .await?
+        }
+    };
+    row.map(|row| row.text(0)).transpose()
+}
+
+/// The names and argument schemas of resources.
+pub(super) async fn resource_schemas(
+    tx: &mut impl Query,
+    org_id: &str,
+) -> Result<Vec<(String, Option<String>)>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT name, input_schema FROM local_mcp_resources WHERE org_id = $1 OR org_id IS NULL ORDER BY name",
+            values![org_id],
+        )
+        .await?;
+    rows.iter().map(|row| Ok((row.text(0)?, row.optional_text(1)?))).collect()
+}
+
+/// Every active binding.
+pub(super) async fn active_bindings(tx: &mut impl Query) -> Result<Vec<Binding>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT binding_id, agent_id, principal_type, resource_id, org_id, granted_at, revoked_at \
+             FROM local_agent_resource_bindings WHERE revoked_at IS NULL ORDER BY binding_id",
+            &[],
+        )
+        .await?;
+    rows.iter().map(read_binding).collect()
 }
 
 /// Whether the holder is bound to the tool or to its server.
@@ -598,14 +660,14 @@ pub(super) async fn bound_server_tools(
         .rows(
             "SELECT t.tool_id, t.upstream_id, t.upstream_name, t.name, t.state, t.definition, t.definition_digest, \
              t.found, t.found_digest, t.present, t.imitates, t.required_capability, t.calls_per_minute, \
-             t.first_seen_at, t.approved_at, t.approved_by, u.name, u.required_capability FROM mcp_tools t \
+             t.first_seen_at, t.approved_at, t.approved_by, t.retention_days, u.name, u.required_capability FROM mcp_tools t \
              JOIN mcp_upstreams u ON u.upstream_id = t.upstream_id AND u.enabled = 1 WHERE t.state = 'approved' \
              AND EXISTS (SELECT 1 FROM local_agent_resource_bindings b WHERE b.resource_id IN (t.tool_id, t.upstream_id) \
              AND b.principal_type = $1 AND b.agent_id IN ($2, $3) AND b.revoked_at IS NULL) ORDER BY t.name LIMIT $4",
             values![&holder.principal_type, &holder.canonical, &holder.bare, limit],
         )
         .await?;
-    rows.iter().map(|row| Ok((read_tool(row)?, row.text(16)?, row.optional_text(17)?))).collect()
+    rows.iter().map(|row| Ok((read_tool(row)?, row.text(17)?, row.optional_text(18)?))).collect()
 }
 
 /// Every name that a tool has, of whatever kind.
@@ -654,7 +716,7 @@ pub(super) async fn update_found(tx: &mut WriteTx, tool: &ServerTool) -> Result<
 pub(super) async fn update_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(), StoreError> {
     tx.execute(
         "UPDATE mcp_tools SET state = $2, definition = $3, definition_digest = $4, required_capability = $5, \
-         calls_per_minute = $6, approved_at = $7, approved_by = $8 WHERE tool_id = $1",
+         calls_per_minute = $6, approved_at = $7, approved_by = $8, retention_days = $9 WHERE tool_id = $1",
         values![
             &tool.tool_id,
             tool.state.as_str(),
@@ -664,6 +726,7 @@ pub(super) async fn update_tool(tx: &mut WriteTx, tool: &ServerTool) -> Result<(
             tool.calls_per_minute,
             tool.approved_at.as_deref(),
             tool.approved_by.as_deref(),
+            tool.retention_days,
         ],
     )
     .await
@@ -695,6 +758,98 @@ pub(super) async fn something_changed(tx: &mut ReadTx, seq: i64) -> Result<bool,
 pub(super) async fn is_used_up(tx: &mut ReadTx, id: &str) -> Result<bool, StoreError> {
     let row = tx.row("SELECT jwt_id FROM used_jwt_ids WHERE jwt_id = $1", values![id]).await?;
     Ok(row.is_some())
+}
+
+// ---------------------------------------------------------------- evidence
+
+/// Calls of which something is kept, newest first: of a tool or an agent where given, after the call `after` in that order.
+pub(super) async fn evidence(
+    tx: &mut ReadTx,
+    tool: Option<&str>,
+    agent_id: Option<&str>,
+    after: Option<&str>,
+    limit: i64,
+) -> Result<Vec<Evidence>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT a.evidence_id, a.tool, a.agent_id, a.request_id, a.called_at, a.expires_at, a.bytes, r.bytes \
+             FROM mcp_evidence a LEFT JOIN mcp_evidence r ON r.evidence_id = a.evidence_id AND r.part = 'result' \
+             WHERE a.part = 'arguments' AND (a.tool = $1 OR $1 = '') AND (a.agent_id = $2 OR $2 = '') \
+             AND ($3 = '' OR (a.called_at, a.evidence_id) < \
+             (SELECT c.called_at, c.evidence_id FROM mcp_evidence c WHERE c.evidence_id = $3 AND c.part = 'arguments')) \
+             ORDER BY a.called_at DESC, a.evidence_id DESC LIMIT $4",
+            values![tool.unwrap_or_default(), agent_id.unwrap_or_default(), after.unwrap_or_default(), limit],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Evidence {
+                evidence_id: row.text(0)?,
+                tool: row.text(1)?,
+                agent_id: row.text(2)?,
+                request_id: row.text(3)?,
+                called_at: UnixTime(row.integer(4)?).to_rfc3339(),
+                expires_at: UnixTime(row.integer(5)?).to_rfc3339(),
+                arguments_bytes: row.integer(6)?,
+                result_bytes: row.optional_integer(7)?,
+            })
+        })
+        .collect()
+}
+
+/// A part of a call, sealed.
+pub(super) struct Part {
+    pub part: String,
+    pub tool: String,
+    pub agent_id: String,
+    pub digest: String,
+    pub sealed: String,
+}
+
+/// What is kept of one call and is not over its time, arguments first.
+pub(super) async fn evidence_parts(
+    tx: &mut impl Query,
+    evidence_id: &str,
+    now: UnixTime,
+) -> Result<Vec<Part>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT part, tool, agent_id, digest, sealed FROM mcp_evidence WHERE evidence_id = $1 \
+             AND expires_at > $2 ORDER BY part",
+            values![evidence_id, now.0],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Part {
+                part: row.text(0)?,
+                tool: row.text(1)?,
+                agent_id: row.text(2)?,
+                digest: row.text(3)?,
+                sealed: row.text(4)?,
+            })
+        })
+        .collect()
+}
+
+/// Whether something is over its time.
+pub(super) async fn has_expired_evidence(tx: &mut impl Query, now: UnixTime) -> Result<bool, StoreError> {
+    let row = tx.row("SELECT part FROM mcp_evidence WHERE expires_at <= $1 LIMIT 1", values![now.0]).await?;
+    Ok(row.is_some())
+}
+
+/// Deletes what is over its time, at most `limit` calls; gives how many parts went.
+pub(super) async fn delete_expired_evidence(
+    tx: &mut WriteTx,
+    now: UnixTime,
+    limit: i64,
+) -> Result<u64, StoreError> {
+    tx.execute(
+        "DELETE FROM mcp_evidence WHERE evidence_id IN (\
+         SELECT evidence_id FROM mcp_evidence WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)",
+        values![now.0, limit],
+    )
+    .await
 }
 
 // ---------------------------------------------------------------- rules

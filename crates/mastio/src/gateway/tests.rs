@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use crate::store::{DatabaseUrl, Query as _, schema};
 use crate::values;
 use moka::future::Cache;
 
-const NOW: UnixMicros = UnixMicros(1_776_971_052_000_000);
+pub(super) const NOW: UnixMicros = UnixMicros(1_776_971_052_000_000);
 
 /// What the upstream server saw: path, headers, body.
 type Seen = Arc<Mutex<Vec<(String, HeaderMap, String)>>>;
@@ -90,6 +90,11 @@ async fn upstream_answer(
         "other-id" => json(answer(RESULT).replace(&id, r#""2""#)),
         "sse-other-id" => stream(Body::from(format!("data: {}\n\n", answer(RESULT).replace(&id, r#""2""#)))),
         "no-result" => json(format!(r#"{{"jsonrpc":"2.0","id":{id}}}"#)),
+        "html" => ([(header::CONTENT_TYPE, "text/html")], answer(RESULT)).into_response(),
+        "other-json" => ([(header::CONTENT_TYPE, "Application/Vnd.x+JSON; charset=utf-8")], answer(RESULT))
+            .into_response(),
+        "not-quite-sse" => ([(header::CONTENT_TYPE, "text/event-streams")], answer(RESULT)).into_response(),
+        "untyped" => Response::new(Body::from(answer(RESULT))),
         "garbage" => json("<html>".to_owned()),
         "empty" => json(String::new()),
         "announced-huge" => json(answer(&format!(r#""{}""#, "x".repeat(5 * 1024 * 1024)))),
@@ -119,12 +124,24 @@ pub(super) struct FakeAuthenticate {
     stale: AtomicI64,
     judged: AtomicI64,
     refreshed: AtomicI64,
+    pub(super) halted: AtomicBool,
 }
 
 impl Authenticate for FakeAuthenticate {
     fn agent<'a>(&'a self, agent_id: &'a str) -> BoxFuture<'a, Result<Option<Holder>, ApiError>> {
         let capabilities = self.capabilities.lock().unwrap().get(agent_id).cloned().unwrap_or_default();
         Box::pin(std::future::ready(Ok(Some(Holder { principal_type: "agent".to_owned(), capabilities }))))
+    }
+
+    fn assert<'a>(
+        &'a self,
+        caller: &'a Caller,
+        audience: &'a str,
+        _now: UnixTime,
+    ) -> BoxFuture<'a, Result<String, ApiError>> {
+        let halted = ApiError::new(Kind::Unavailable, "signing halted");
+        let said = format!("{} at {audience}", caller.agent_id);
+        Box::pin(std::future::ready(if self.halted.load(Ordering::SeqCst) { Err(halted) } else { Ok(said) }))
     }
 
     fn refresh(&self) -> BoxFuture<'_, Result<(), ApiError>> {
@@ -143,9 +160,7 @@ impl Authenticate for FakeAuthenticate {
                 .and_then(|value| value.strip_prefix("DPoP "))
                 .ok_or_else(|| ApiError::new(Kind::Unauthenticated, "missing access token"))?;
             self.judged.fetch_add(1, Ordering::SeqCst);
-            let mut tx = self.store.read().await.unwrap();
-            let epoch =
-                tx.row("SELECT epoch FROM audit_head", &[]).await.unwrap().unwrap().integer(0).unwrap();
+            let epoch = epoch(&self.store).await;
             let stale = self.stale.fetch_sub(1, Ordering::SeqCst) > 0;
             Ok(Caller {
                 agent_id: agent_id.to_owned(),
@@ -167,9 +182,16 @@ impl Authenticate for FakeAuthenticate {
         let capabilities =
             self.capabilities.lock().unwrap().get(&caller.agent_id).cloned().unwrap_or_default();
         let gone = capabilities.iter().any(|held| held == "gone");
-        let caller = (!gone).then(|| Caller { capabilities, ..caller.clone() });
-        Box::pin(async move { Ok(caller) })
+        Box::pin(async move {
+            let epoch = epoch(&self.store).await;
+            Ok((!gone).then(|| Caller { capabilities, epoch, ..caller.clone() }))
+        })
     }
+}
+
+async fn epoch(store: &Store) -> i64 {
+    let mut tx = store.read().await.unwrap();
+    tx.row("SELECT epoch FROM audit_head", &[]).await.unwrap().unwrap().integer(0).unwrap()
 }
 
 pub(super) struct World {
@@ -207,6 +229,7 @@ impl World {
             stale: AtomicI64::new(0),
             judged: AtomicI64::new(0),
             refreshed: AtomicI64::new(0),
+            halted: AtomicBool::new(false),
         });
         let gateway = Arc::new(Gateway {
             store,
@@ -473,7 +496,7 @@ async fn only_tools_that_the_caller_may_call_are_listed() {
 
 #[tokio::test]
 async fn the_result_passes_through_as_the_upstream_server_wrote_it() {
-    for kind in ["json", "sse", "endless-sse", "digits"] {
+    for kind in ["json", "sse", "endless-sse", "digits", "other-json", "untyped"] {
         let world = World::new().await;
         world.weather(kind).await;
         let expected = format!(r#"{{"jsonrpc":"2.0","id":1,"result":{RESULT}}}"#);
@@ -778,6 +801,8 @@ async fn every_upstream_failure_has_its_code_and_its_word_in_the_log() {
         ("500", -32003, "upstream_status"),
         ("redirect", -32003, "upstream_redirect"),
         ("garbage", -32003, "upstream_answer_unreadable"),
+        ("html", -32003, "upstream_answer_unreadable"),
+        ("not-quite-sse", -32003, "upstream_answer_unreadable"),
         ("empty", -32003, "upstream_answer_unreadable"),
         ("no-result", -32003, "upstream_answer_unreadable"),
         ("other-id", -32003, "upstream_answer_unreadable"),

@@ -79,6 +79,9 @@ pub enum UpstreamError {
     /// The credential for the upstream server is missing here or unusable.
     #[error("the credential for the upstream server is not available")]
     Credential,
+    /// The server wants our word for who calls, and signing is halted.
+    #[error("the upstream server must be told who calls, and signing is halted: try again later")]
+    Halted,
     /// The upstream server refused our credential.
     #[error("upstream server refused our credential (HTTP {0})")]
     Authentication(u16),
@@ -88,6 +91,9 @@ pub enum UpstreamError {
     /// The upstream server answered with another status than success.
     #[error("upstream server answered HTTP {0}")]
     Status(u16),
+    /// The answer is of another type than MCP has.
+    #[error("upstream server answered with something that is neither JSON nor an event stream")]
+    ContentType,
     /// The answer is larger than its bound.
     #[error("upstream server answered with more than {ANSWER_BYTES_MAX} bytes")]
     TooLarge,
@@ -117,9 +123,10 @@ impl UpstreamError {
             | Self::Address
             | Self::Unreachable(_)
             | Self::Timeout => code::UNREACHABLE,
-            Self::Credential | Self::Authentication(_) => code::UPSTREAM_AUTHENTICATION,
+            Self::Credential | Self::Halted | Self::Authentication(_) => code::UPSTREAM_AUTHENTICATION,
             Self::Redirect(_)
             | Self::Status(_)
+            | Self::ContentType
             | Self::TooLarge
             | Self::Garbage(_)
             | Self::Answered { .. } => code::TOOL_ERROR,
@@ -139,9 +146,11 @@ impl UpstreamError {
             Self::Unreachable(_) => "upstream_unreachable",
             Self::Timeout => "upstream_timeout",
             Self::Credential => "upstream_credential_missing",
+            Self::Halted => "signing_halted",
             Self::Authentication(_) => "upstream_authentication_refused",
             Self::Redirect(_) => "upstream_redirect",
             Self::Status(_) => "upstream_status",
+            Self::ContentType => "upstream_content_type",
             Self::TooLarge => "upstream_answer_too_large",
             Self::Garbage(_) => "upstream_answer_unreadable",
             Self::Answered { .. } => "upstream_error",
@@ -176,8 +185,7 @@ impl Credential {
             if !wellformed || name.len() > 128 {
                 return Err("must have the form env://NAME");
             }
-            let upper = name.to_ascii_uppercase();
-            if upper.starts_with("MCP_PROXY_") || upper.starts_with("CULLIS_") {
+            if is_own_setting(name) {
                 return Err("must not name a setting of the Mastio itself");
             }
         }
@@ -204,6 +212,13 @@ impl Credential {
         value.set_sensitive(true);
         Ok(Some((name, value)))
     }
+}
+
+/// Whether the variable is one of our own settings, the key that seals all others among them.
+#[must_use]
+pub fn is_own_setting(variable: &str) -> bool {
+    let upper = variable.to_ascii_uppercase();
+    ["MCP_PROXY_", "CULLIS_", "MASTIO_"].iter().any(|prefix| upper.starts_with(prefix))
 }
 
 /// An endpoint that passed the checks which need no look-up. Made by [`Upstream::endpoint`] alone.
@@ -516,6 +531,8 @@ impl Upstream {
 pub struct Incoming {
     response: Response,
     streamed: bool,
+    /// Whether it says of itself that it is another thing than MCP has.
+    foreign: bool,
     events: Option<EventStream>,
     waiting: VecDeque<Vec<u8>>,
     body: Vec<u8>,
@@ -530,9 +547,11 @@ impl Incoming {
             return Err(UpstreamError::TooLarge);
         }
         let streamed = is_event_stream(response.headers());
+        let foreign = !streamed && essence(response.headers()).is_some_and(|it| it != "application/json");
         Ok(Self {
             response,
             streamed,
+            foreign,
             events: Some(EventStream::default()),
             waiting: VecDeque::new(),
             body: Vec::new(),
@@ -572,7 +591,7 @@ impl Incoming {
     /// The next message: the data of an event, or the whole body. Absent at the end.
     ///
     /// Errors: [`UpstreamError::TooLarge`], [`UpstreamError::Unreachable`] when the connection breaks,
-    /// [`UpstreamError::Garbage`] for a message that is too deep.
+    /// [`UpstreamError::Garbage`] for a message that is too deep, [`UpstreamError::ContentType`] for what is no message.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, UpstreamError> {
         loop {
             if let Some(message) = self.waiting.pop_front() {
@@ -588,6 +607,10 @@ impl Incoming {
                 self.waiting.extend(last.filter(|last| !last.is_empty()));
                 continue;
             };
+            // A failure is one by its status, whatever page comes with it.
+            if self.foreign && self.response.status().is_success() && !chunk.is_empty() {
+                return Err(UpstreamError::ContentType);
+            }
             self.bytes_read += chunk.len();
             self.bytes_pending += chunk.len();
             if self.bytes_pending > ANSWER_BYTES_MAX || self.bytes_read > STREAM_BYTES_MAX {
@@ -710,9 +733,13 @@ fn client(reach: Reach) -> Result<Client, GatewayError> {
 
 /// Whether the content type says that events follow, whatever its parameters say.
 fn is_event_stream(headers: &HeaderMap) -> bool {
-    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let essence = content_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
-    essence.eq_ignore_ascii_case("text/event-stream")
+    essence(headers).as_deref() == Some("text/event-stream")
+}
+
+/// The content type, in lower case and without its parameters. Absent where none is given.
+fn essence(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_TYPE)?.to_str().unwrap_or_default();
+    Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
 }
 
 #[cfg(test)]

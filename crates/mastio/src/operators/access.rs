@@ -65,6 +65,13 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("PUT", "/v1/admin/mcp-policies/{policy}", Api(Operator)),
     ("DELETE", "/v1/admin/mcp-policies/{policy}", Api(Operator)),
     ("GET", "/v1/admin/mcp-access", Api(Viewer)),
+    // What was kept of a call is opened one by one, and each reading leaves an event.
+    ("GET", "/v1/admin/mcp-evidence", Api(Viewer)),
+    ("GET", "/v1/admin/mcp-evidence/{evidence}", Api(Operator)),
+    // A plan says whether a credential is the one there is, which must not be found out by trying.
+    ("GET", "/v1/admin/mcp-config", Api(Viewer)),
+    ("POST", "/v1/admin/mcp-config/plan", Api(Operator)),
+    ("POST", "/v1/admin/mcp-config/import", Api(Operator)),
     // Who may ask about access tokens: a secret for each.
     ("GET", "/v1/admin/resource-servers", Api(Viewer)),
     ("POST", "/v1/admin/resource-servers", Api(Operator)),

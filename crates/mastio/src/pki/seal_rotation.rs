@@ -116,13 +116,14 @@ macro_rules! sealed {
 }
 
 /// Every one of them, but for the images of update runs. The sealing key's own check value is among `deploy_state`.
-const SEALED: [Sealed; 6] = [
+const SEALED: [Sealed; 7] = [
     sealed!("proxy_config", "key", "value"),
     sealed!("deploy_state", "key", "value"),
     sealed!("mastio_keys", "kid", "privkey_pem"),
     sealed!("pki_anchors", "fingerprint", "key_sealed"),
     sealed!("legacy_pki_archive", "key_id", "legacy_pem"),
     sealed!("mcp_upstreams", "upstream_id", "credential_sealed"),
+    sealed!("mcp_evidence", "part_id", "sealed"),
 ];
 
 /// Seals everything under another key, and tells how many values of each table went.

@@ -172,6 +172,7 @@ const TABLES: &[Table] = &[
             "discovery_error",
             "created_at",
             "updated_at",
+            "#asserts_caller",
         ],
     },
     Table {
@@ -193,6 +194,23 @@ const TABLES: &[Table] = &[
             "first_seen_at",
             "approved_at",
             "approved_by",
+            "#retention_days",
+        ],
+    },
+    Table {
+        name: "mcp_evidence",
+        columns: &[
+            "part_id",
+            "evidence_id",
+            "part",
+            "tool",
+            "agent_id",
+            "request_id",
+            "#called_at",
+            "#expires_at",
+            "digest",
+            "#bytes",
+            "sealed",
         ],
     },
     Table {

@@ -35,11 +35,38 @@ pub struct OneUse {
     pub expires_at: UnixTime,
 }
 
+/// A part of a call that is kept, sealed. Written beside the event that speaks of it.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// Names the call.
+    pub evidence_id: String,
+    /// `arguments` or `result`.
+    pub part: &'static str,
+    /// The tool.
+    pub tool: String,
+    /// Who called.
+    pub agent_id: String,
+    /// The request that made the call.
+    pub request_id: String,
+    /// When it was called.
+    pub called_at: UnixTime,
+    /// When it is deleted.
+    pub expires_at: UnixTime,
+    /// SHA-256 of the content, hex.
+    pub digest: String,
+    /// Bytes of the content.
+    pub bytes: i64,
+    /// The content.
+    pub sealed: String,
+}
+
 /// What one request wants recorded.
 #[derive(Debug, Clone, Default)]
 pub struct Append {
     /// Events for the audit chain, in order.
     pub events: Vec<Event>,
+    /// What the events speak of and is kept.
+    pub kept: Vec<Kept>,
     /// Identifiers that this request uses up.
     pub one_use: Vec<OneUse>,
     /// `jti` of the access token that let this request in; one that is revoked by now refuses the request.
@@ -183,6 +210,15 @@ async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, 
             }
         }
     }
+    let kept = requests.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
+    let kept: Vec<Vec<Value>> = kept.flat_map(|(append, _)| &append.kept).map(kept_row).collect();
+    tx.insert_many(
+        "mcp_evidence (part_id, evidence_id, part, tool, agent_id, request_id, called_at, expires_at, digest, bytes, \
+         sealed)",
+        &kept,
+        "",
+    )
+    .await?;
     let events: Vec<Event> = requests
         .into_iter()
         .zip(&outcomes)
@@ -194,6 +230,22 @@ async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, 
         *outcome = committed.sequence;
     }
     Ok(outcomes)
+}
+
+fn kept_row(kept: &Kept) -> Vec<Value> {
+    vec![
+        Value::from(format!("{}/{}", kept.evidence_id, kept.part)),
+        Value::from(&kept.evidence_id),
+        Value::from(kept.part),
+        Value::from(&kept.tool),
+        Value::from(&kept.agent_id),
+        Value::from(&kept.request_id),
+        Value::from(kept.called_at.0),
+        Value::from(kept.expires_at.0),
+        Value::from(&kept.digest),
+        Value::from(kept.bytes),
+        Value::from(&kept.sealed),
+    ]
 }
 
 /// Refuses the requests whose access token is revoked. Asked in the transaction that records them, so that a revocation

@@ -13,6 +13,9 @@ use crate::pki::PkiError;
 use crate::store::StoreError;
 use crate::updates::halt::Halted;
 
+/// The OAuth error code of an access token whose scope is not enough. It comes with 403 (RFC 6750 §3.1).
+pub const INSUFFICIENT_SCOPE: &str = "insufficient_scope";
+
 /// Why a token endpoint refuses.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenEndpointError {
@@ -245,6 +248,7 @@ impl TokenEndpointError {
             Self::Proof(_) | Self::ProofMissing | Self::ProofKey | Self::Replayed => {
                 Some("invalid_dpop_proof")
             }
+            Self::AccessToken(TokenError::Scope) => Some(INSUFFICIENT_SCOPE),
             _ => Some("invalid_token"),
         }
     }
@@ -266,11 +270,13 @@ impl Problem for TokenEndpointError {
             | Self::CertificateMismatch
             | Self::Revoked
             | Self::TokenMissing
-            | Self::AccessToken(_)
             | Self::UnknownKey
             | Self::Assertion(_)
             | Self::Chain
             | Self::Challenge => Kind::Unauthenticated,
+            // Another token would not be refused, so it is no 401, after which clients log in again.
+            Self::AccessToken(TokenError::Scope) => Kind::Denied,
+            Self::AccessToken(_) => Kind::Unauthenticated,
             Self::NoStoredKey => Kind::NotFound,
             Self::Grant(error) => error.kind(),
             Self::Identity(error) => error.kind(),
@@ -298,6 +304,12 @@ impl Problem for TokenEndpointError {
             Self::Proof(ProofError::HtuMismatch { .. }) => Some((
                 HeaderName::from_static("x-cullis-hint"),
                 HeaderValue::from_static("htu_mismatch_check_proxy_public_url"),
+            )),
+            Self::AccessToken(TokenError::Scope) => Some((
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static(
+                    "Bearer realm=\"mcp-proxy\", error=\"insufficient_scope\", scope=\"local\"",
+                ),
             )),
             other if other.kind() == Kind::Unauthenticated => {
                 Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"mcp-proxy\"")))

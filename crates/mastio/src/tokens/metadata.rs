@@ -63,18 +63,21 @@ pub fn protected_resource(base: &str, path: &str, org_id: &str) -> Value {
     })
 }
 
-/// The value of `WWW-Authenticate` on a 401 of the resource at `path`.
+/// The value of `WWW-Authenticate` on a 401 or 403 of the resource at `path`.
 ///
-/// The Bearer challenge comes first: MCP clients look for `resource_metadata` there.
-/// Source: RFC 6750 §3, RFC 9449 §7.1, RFC 9728 §5.1.
+/// The Bearer challenge comes first: MCP clients look for `resource_metadata` there. `scope` is all that any request
+/// needs: what an agent may do is in its bindings and capabilities, and no other token would change that.
+/// Source: RFC 6750 §3, RFC 9449 §7.1, RFC 9728 §5.1; MCP 2026-07-28, authorization, scope challenge handling.
 #[must_use]
 pub fn challenge(base: Option<&str>, path: &str, error: Option<&str>) -> String {
     let metadata = base.map_or_else(String::new, |base| {
         format!(", resource_metadata=\"{base}{PROTECTED_RESOURCE_PATH}{path}\"")
     });
     let error = error.map_or_else(String::new, |error| format!(", error=\"{error}\""));
+    let scope = format!(", scope=\"{ACCESS_TOKEN_SCOPE}\"");
     let algorithms = PROOF_ALGORITHMS.join(" ");
     format!(
-        "Bearer realm=\"mcp-proxy\"{error}{metadata}, DPoP realm=\"mcp-proxy\", algs=\"{algorithms}\"{error}{metadata}"
+        "Bearer realm=\"mcp-proxy\"{error}{scope}{metadata}, \
+         DPoP realm=\"mcp-proxy\", algs=\"{algorithms}\"{error}{scope}{metadata}"
     )
 }

@@ -35,7 +35,7 @@ use mastio_core::dpop::{Proof, ProofRequest, UnverifiedProof};
 use mastio_core::time::UnixTime;
 use mastio_core::token::assertion::{Assertion, UnverifiedAssertion};
 use mastio_core::token::claims::{
-    ACCESS_TOKEN_AUDIENCE, ACCESS_TOKEN_SCOPE, AccessTokenClaims, Confirmation, TokenError,
+    ACCESS_TOKEN_AUDIENCE, ACCESS_TOKEN_SCOPE, AccessTokenClaims, CallerClaims, Confirmation, TokenError,
     UnverifiedAccessToken, certificate_thumbprint,
 };
 use mastio_core::token::jws::assemble;
@@ -179,6 +179,43 @@ impl Tokens {
     /// The agent of this id, as it stands now.
     pub async fn agent(&self, agent_id: &str) -> Result<Option<Arc<Agent>>, crate::store::StoreError> {
         self.agents.agent(agent_id).await
+    }
+
+    /// Our word for who calls, for one upstream server.
+    ///
+    /// `epoch`: at which the caller was judged. Whoever records the call names it too, so that a signature whose permit
+    /// has passed is dropped with the call.
+    ///
+    /// Errors: [`TokenEndpointError::Halted`]; [`TokenEndpointError::Stale`] where the permit is of an earlier epoch.
+    pub async fn assert_caller(
+        &self,
+        (agent_id, principal_type): (&str, &str),
+        audience: &str,
+        epoch: i64,
+        now: UnixTime,
+    ) -> Result<String, TokenEndpointError> {
+        for _round in 0..STALE_ROUNDS_MAX {
+            let (permit, authority) = self.pki.permit().await?;
+            if permit.epoch() < epoch {
+                self.pki.refresh().await.map(drop)?;
+                continue;
+            }
+            let claims = CallerClaims {
+                issuer: self.issuer(),
+                audience: audience.to_owned(),
+                subject: agent_id.to_owned(),
+                issued_at: now,
+                jwt_id: self.pki.entropy.uuid(),
+                principal_type: principal_type.to_owned(),
+                org: authority.org_id.clone(),
+            };
+            let key = authority.active_token_key().ok_or(crate::pki::PkiError::NoTokenKey)?;
+            let unsigned = claims.to_unsigned(&key.kid);
+            let signature =
+                key.key.sign_jws(&permit, unsigned.as_bytes()).map_err(crate::pki::PkiError::from)?;
+            return Ok(assemble(&unsigned, &signature));
+        }
+        Err(TokenEndpointError::Stale)
     }
 
     fn issuer(&self) -> String {
@@ -375,16 +412,17 @@ impl Tokens {
         })
     }
 
-    /// The agent for whom a token was issued at `issued_at`, as it stands now. Absent where it would not be let in.
+    /// The agent for whom a token was issued at `issued_at`, as it stands now, and at which epoch. Absent where it would
+    /// not be let in.
     ///
     /// Errors: [`TokenEndpointError`] where that cannot be said.
     pub async fn holder(
         &self,
         agent_id: &str,
         issued_at: UnixTime,
-    ) -> Result<Option<Arc<Agent>>, TokenEndpointError> {
+    ) -> Result<Option<(Arc<Agent>, i64)>, TokenEndpointError> {
         match self.agents.token_holder(agent_id, issued_at).await {
-            Ok((agent, _)) => Ok(Some(agent)),
+            Ok(standing) => Ok(Some(standing)),
             Err(
                 crate::enrollment::IdentityError::UnknownOrInactive
                 | crate::enrollment::IdentityError::TokenRevoked,
@@ -407,6 +445,7 @@ impl Tokens {
             one_use: caller.one_use,
             access_token: Some(caller.jwt_id),
             epoch: Some(caller.epoch),
+            ..Append::default()
         })
         .await?;
         Ok(caller.agent)

@@ -91,6 +91,15 @@ impl Upstream {
         Self { _program: program, url }
     }
 
+    /// Starts one over TLS: its certificate and key, and the CA of its clients.
+    pub fn locked(tls: [&str; 3]) -> Self {
+        let arguments = [&[TOOL, ""][..], &tls].concat();
+        let interpreter = Python::Plain.interpreter();
+        let mut program = Program::start(&interpreter, "sdk/mcp_upstream.py", &arguments);
+        let url = program.read()["url"].as_str().unwrap().to_owned();
+        Self { _program: program, url }
+    }
+
     /// Starts one whose tool describes itself by what stands in `file`, which may change.
     pub fn described_by(file: &Path) -> Self {
         let arguments = [TOOL, file.to_str().unwrap()];

@@ -43,7 +43,7 @@ fn every_attack_is_refused_with_its_reason_and_an_audit_event() {
     let world = World::new(Database::Sqlite);
     let mut tools: Vec<Value> = ["headers", "shared", "large", "endless", "other_id", "lies", "redirect"]
         .into_iter()
-        .chain(["deep", "dies", "swapped", "limited"])
+        .chain(["deep", "dies", "swapped", "limited", "typed"])
         .map(tool)
         .collect();
     tools.push(strict("strict"));
@@ -197,6 +197,20 @@ fn requests(table: &mut Table) {
 fn answers(table: &mut Table) {
     let begun = Instant::now();
     for (attack, tool, arguments, code, reason) in [
+        (
+            "a page instead of an answer: text/html",
+            "typed",
+            json!({ "type": "text/html; a=application/json" }),
+            -32003,
+            "upstream_content_type",
+        ),
+        (
+            "almost a stream: text/event-streamX",
+            "typed",
+            json!({ "type": "text/event-streamX" }),
+            -32003,
+            "upstream_content_type",
+        ),
         ("oversized result: 8 MiB announced", "large", json!({}), -32003, "upstream_answer_too_large"),
         ("never-ending result", "endless", json!({}), -32003, "upstream_answer_too_large"),
         ("signs of life and never an answer", "keeps_alive", json!({}), -32001, "upstream_timeout"),
@@ -209,6 +223,8 @@ fn answers(table: &mut Table) {
         table.call(attack, tool, &arguments, code, reason);
     }
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    // What says nothing of its type is taken for what MCP has.
+    assert_eq!(table.world.alice.call("typed", &json!({}))["error"], Value::Null);
     // Nobody else suffers.
     assert_eq!(table.world.alice.call("strict", &json!({ "text": "fine" }))["error"], Value::Null);
 }

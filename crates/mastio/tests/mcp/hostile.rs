@@ -1,5 +1,6 @@
 //! An MCP server of 2026-07-28 that does what no server should, by the name of the tool that is called.
 
+use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -7,6 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+
+use crate::harness::forge::claims;
 
 /// What it does, whatever is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +102,23 @@ impl Hostile {
         *self.shared.tools.lock().unwrap() = tools;
     }
 
+    /// Its token endpoint: whoever the subject token is about gets the token `for-` and their id.
+    pub fn token_url(&self) -> String {
+        self.url.replace("/mcp", "/token")
+    }
+
+    /// Heads and bodies of everything that it was asked.
+    pub fn seen(&self) -> Vec<(String, Value)> {
+        self.shared.seen.lock().unwrap().clone()
+    }
+
+    /// What its token endpoint was asked.
+    pub fn forms(&self) -> Vec<HashMap<String, String>> {
+        let seen = self.seen();
+        let forms = seen.iter().filter_map(|(head, body)| body.as_str().filter(|_| head.starts_with("POST /token ")));
+        forms.map(form).collect()
+    }
+
     /// Heads and bodies of the calls of this tool.
     pub fn calls(&self, tool: &str) -> Vec<(String, Value)> {
         let seen = self.shared.seen.lock().unwrap();
@@ -130,12 +150,17 @@ impl Shared {
             if line == "\r\n" {
                 break;
             }
-            head.push_str(&line.to_ascii_lowercase());
+            // Names in lower case, values as they came.
+            match line.split_once(':') {
+                Some((name, value)) => head.push_str(&format!("{}:{value}", name.to_ascii_lowercase())),
+                None => head.push_str(&line),
+            }
         }
         let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.trim().parse().ok());
         let mut body = vec![0; length.unwrap_or(0)];
         reader.read_exact(&mut body).ok()?;
-        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let text = String::from_utf8_lossy(&body).into_owned();
+        let body: Value = serde_json::from_str(&text).unwrap_or(Value::String(text));
         self.seen.lock().unwrap().push((head.clone(), body.clone()));
         let number = self.served.fetch_add(1, Ordering::SeqCst);
         match self.mood() {
@@ -143,6 +168,9 @@ impl Shared {
             Mood::Flapping if number.is_multiple_of(2) => return send(stream, "502 Bad Gateway", &[], "no"),
             Mood::Dead => return None,
             Mood::Fine | Mood::Flapping => {}
+        }
+        if head.starts_with("POST /token ") {
+            return answer(stream, &granted(body.as_str().unwrap_or_default()).to_string());
         }
         let id = body["id"].clone();
         let result = |result: Value| json!({ "jsonrpc": "2.0", "id": id, "result": result }).to_string();
@@ -187,6 +215,16 @@ impl Shared {
             "slow" => {
                 std::thread::sleep(Duration::from_millis(arguments["ms"].as_u64().unwrap_or(200)));
                 answer(stream, &said(&arguments.to_string()))
+            }
+            "typed" => {
+                let body = said("typed");
+                let head = match arguments["type"].as_str() {
+                    Some(content_type) => format!("Content-Type: {content_type}\r\n"),
+                    None => String::new(),
+                };
+                let text =
+                    format!("HTTP/1.1 200 OK\r\n{head}Content-Length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(text.as_bytes()).ok()
             }
             "large" => {
                 let length = 8 * 1024 * 1024;
@@ -239,6 +277,20 @@ impl Shared {
             _ => answer(stream, &said(&arguments.to_string())),
         }
     }
+}
+
+fn form(text: &str) -> HashMap<String, String> {
+    form_urlencoded::parse(text.as_bytes()).into_owned().collect()
+}
+
+/// What the token endpoint grants.
+fn granted(text: &str) -> Value {
+    let subject = match form(text).get("subject_token") {
+        Some(token) => claims(token)["sub"].as_str().unwrap_or_default().to_owned(),
+        None => "mastio".to_owned(),
+    };
+    json!({ "access_token": format!("for-{subject}"), "token_type": "Bearer", "expires_in": 600,
+        "issued_token_type": "urn:ietf:params:oauth:token-type:access_token" })
 }
 
 fn answer(stream: &TcpStream, body: &str) -> Option<()> {

@@ -3,12 +3,14 @@
 //!
 //! [`conformance`] has the MCP project's own suite judge us; [`sdks`] has the official SDKs, everything-server, FastMCP
 //! and the unmodified `cullis-sdk` speak through us, with the same results as without; [`streams`] tells sessions what
-//! changes; [`attacks`] prints what was tried and why it was refused; [`faults`] breaks servers and ourselves.
+//! changes; [`callers`] tells servers who calls; [`evidence`] keeps what was said; [`attacks`] prints what was tried and why it was refused; [`faults`] breaks servers and ourselves.
 //! [`world`] is a deploy with two agents, [`hostile`] a server that does what none should.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod attacks;
+mod callers;
 mod conformance;
+mod evidence;
 mod faults;
 #[path = "../harness/mod.rs"]
 mod harness;

@@ -44,7 +44,12 @@ pub struct Caller {
 impl World {
     /// Started, on `database`.
     pub fn new(database: Database) -> Self {
-        let mut deploy = Deploy::empty().on(database).set("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0");
+        Self::of(Deploy::empty().on(database))
+    }
+
+    /// On a deploy that is not started.
+    pub fn of(deploy: Deploy) -> Self {
+        let mut deploy = deploy.set("MCP_PROXY_RATE_LIMIT_PER_MINUTE", "0");
         deploy.start();
         let (alice, bob) = (Caller::new(&deploy, "alice"), Caller::new(&deploy, "bob"));
         Self { deploy, alice, bob }
@@ -165,18 +170,40 @@ impl Caller {
             "jti": unique(),
         });
         let assertion = Key::from_pem(key_pem).sign(&header, &claims);
-        let proof = self.key.proof("POST", &format!("{}/v1/auth/token", self.url), None);
-        let body = json!({ "client_assertion": assertion }).to_string();
-        let headers = [("Content-Type", "application/json"), ("DPoP", proof.as_str())];
-        let answer = self.wire.send("POST", "/v1/auth/token", &headers, &body);
+        let answer = self.log_in_with(&assertion);
         assert_eq!(answer.status, 200, "{answer:?}");
         self.token = answer.json()["access_token"].as_str().unwrap().to_owned();
     }
 
+    /// The access token.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
     /// The headers of one request.
     fn credentials(&self, method: &str) -> [(String, String); 2] {
-        let proof = self.key.proof(method, &format!("{}{MCP}", self.url), Some(&self.token));
-        [("Authorization".to_owned(), format!("DPoP {}", self.token)), ("DPoP".to_owned(), proof)]
+        self.credentials_of(method, &self.token)
+    }
+
+    fn credentials_of(&self, method: &str, token: &str) -> [(String, String); 2] {
+        let proof = self.key.proof(method, &format!("{}{MCP}", self.url), Some(token));
+        [("Authorization".to_owned(), format!("DPoP {token}")), ("DPoP".to_owned(), proof)]
+    }
+
+    /// A list of tools, asked for with something else in the token's place, and a good proof beside it.
+    pub fn list_with(&self, token: &str) -> Response {
+        let credentials = self.credentials_of("POST", token);
+        let mut headers: Vec<(&str, &str)> = vec![("Content-Type", "application/json")];
+        headers.extend(credentials.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        self.wire.send("POST", MCP, &headers, r#"{"jsonrpc":"2.0","id":1,"method":"tools/list"}"#)
+    }
+
+    /// A request for a token with this in the assertion's place, and a good proof beside it.
+    pub fn log_in_with(&self, assertion: &str) -> Response {
+        let proof = self.key.proof("POST", &format!("{}/v1/auth/token", self.url), None);
+        let body = json!({ "client_assertion": assertion }).to_string();
+        let headers = [("Content-Type", "application/json"), ("DPoP", proof.as_str())];
+        self.wire.send("POST", "/v1/auth/token", &headers, &body)
     }
 
     /// One request to the gateway.

@@ -22,6 +22,8 @@ mod s0015_run_proof;
 mod s0016_snapshot_digest;
 mod s0017_dashboard_lists;
 mod s0018_mcp_policies;
+mod s0019_mcp_callers;
+mod s0020_mcp_evidence;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -63,6 +65,8 @@ pub const STEPS: &[Step] = &[
     s0016_snapshot_digest::STEP,
     s0017_dashboard_lists::STEP,
     s0018_mcp_policies::STEP,
+    s0019_mcp_callers::STEP,
+    s0020_mcp_evidence::STEP,
     // The next step goes here.
 ];
 
