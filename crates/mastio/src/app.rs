@@ -501,6 +501,7 @@ fn gateway(
         peers: gateway::Peers::default(),
         underway: gateway::Underway::default(),
         streams: gateway::Streams::default(),
+        resumable: Arc::default(),
         schemas: moka::future::Cache::new(gateway::SCHEMAS_MAX),
         rules: arc_swap::ArcSwap::default(),
         tool_limits: RateLimit::per_minute(0),

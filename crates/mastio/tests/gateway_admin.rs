@@ -208,7 +208,10 @@ fn one_file_carries_the_gateway(database: Database) {
         (yaml.replace("endpoint_url: http", "endpoint_url: [http"), "line "),
         (yaml.replace("agent: billing", "agent: bill ing"), "bill ing"),
         (yaml.replace("forbid(", "forbit("), "limit"),
-        (yaml.replace("secret_env: HOME", "secret_env: MCP_PROXY_DB_ENCRYPTION_KEY"), "a setting of the Mastio"),
+        (
+            yaml.replace("secret_env: HOME", "secret_env: MCP_PROXY_DB_ENCRYPTION_KEY"),
+            "a setting of the Mastio",
+        ),
     ] {
         assert_ne!(bad, yaml);
         let (code, _, said) = import("bad.yaml", &bad, &["--yes"]);

@@ -71,7 +71,9 @@ fn document(text: &str, file: &Path) -> Result<Value, Failure> {
 /// stands elsewhere is shown to whoever may look.
 fn with_secrets(read: &mut Value, secret: &dyn Fn(&str) -> Result<String, Failure>) -> Result<(), Failure> {
     let upstreams = read.get_mut("upstreams").and_then(Value::as_array_mut);
-    for auth in upstreams.into_iter().flatten().filter_map(|upstream| upstream.get_mut("auth")?.as_object_mut()) {
+    for auth in
+        upstreams.into_iter().flatten().filter_map(|upstream| upstream.get_mut("auth")?.as_object_mut())
+    {
         for (name, value) in std::mem::take(auth) {
             match (name.strip_suffix("_env"), &value) {
                 (Some(member), Value::String(variable)) => {
@@ -148,9 +150,10 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_yaml_is_refused_with_its_line() {
-        let refused = document("upstreams:\n- name: docs\n  endpoint_url: [\n", Path::new("g.yaml")).unwrap_err();
+        let refused =
+            document("upstreams:\n- name: docs\n  endpoint_url: [\n", Path::new("g.yaml")).unwrap_err();
         let said = refused.to_string();
-        assert!(said.starts_with("g.yaml is not YAML") && said.contains("line 4"), "{said}");
+        assert!(said.starts_with("g.yaml is not YAML") && said.contains("line 3"), "{said}");
         let twice = document("tools: []\ntools: []\n", Path::new("g.yaml")).unwrap_err().to_string();
         assert!(twice.contains("line 2"), "{twice}");
     }

@@ -355,7 +355,9 @@ impl Api {
 /// The variable's value. It is a secret, so it is never shown, and never one of our own.
 pub(super) fn secret(variable: &str) -> Result<String, Failure> {
     if upstream::is_own_setting(variable) {
-        return Err(Failure::Usage(format!("{variable} is a setting of the Mastio itself: no server gets it")));
+        return Err(Failure::Usage(format!(
+            "{variable} is a setting of the Mastio itself: no server gets it"
+        )));
     }
     crate::config::environment_secret(variable).filter(|value| !value.is_empty()).ok_or_else(|| {
         Failure::Usage(format!("the variable {variable} is not set: it is to have the secret"))

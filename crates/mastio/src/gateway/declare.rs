@@ -636,6 +636,11 @@ impl Gateway {
                 Some(tool) => match standing.input_schema(tool, approved) {
                     Some(schema) => Some(schema),
                     None => {
+                        // What can be said of it already is said now.
+                        if let Err(error) = policy::parse(name, &new) {
+                            found.refused("policies", name, error)?;
+                            continue;
+                        }
                         let why = format!("tool {tool} is not approved: approve it in the same document");
                         found.wait("policy", name, why);
                         continue;

@@ -133,6 +133,9 @@ pub enum GatewayError {
     /// The session has a stream already.
     #[error("the session has an open stream already")]
     StreamOpen,
+    /// No stream of the session that can be resumed has this event.
+    #[error("no stream of this session has this event any more: ask again for what you asked for")]
+    UnknownEvent,
     /// There is no such binding, or it is revoked already.
     #[error("binding not found")]
     UnknownBinding,
@@ -207,6 +210,7 @@ impl GatewayError {
             Self::PolicyDenied(_) => "policy_denied",
             Self::PolicyFailed(_) => "policy_failed",
             Self::TooManyStreams => "too_many_streams",
+            Self::UnknownEvent => "event_unknown",
             Self::UnknownTool(_) => "unknown_tool",
             Self::NoBinding(_) => "no_binding",
             Self::MissingCapability(_) => "missing_capability",
@@ -238,6 +242,7 @@ impl Problem for GatewayError {
             | Self::HeaderMismatch(_)
             | Self::Definition(_)
             | Self::Imitates { .. } => Kind::Unprocessable,
+            Self::UnknownEvent => Kind::Invalid,
             Self::TooOften(_) | Self::TooManyStreams => Kind::Limited,
             Self::Replayed | Self::Revoked | Self::StandingChanged => Kind::Unauthenticated,
             Self::NoBinding(_)

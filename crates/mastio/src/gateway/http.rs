@@ -26,10 +26,13 @@ use super::evidence::Evidence;
 use super::peer::Listener;
 use super::policy::{NewRule, Rule};
 use super::protocol::{self, Revision, SESSION_HEADER};
+use super::resume::{self, Keeper, Read, Reader};
 use super::serve::{self, Answer, Answers, Asked};
 use super::servers::{Look, NewServer, Server, Tool, ToolLimits};
+use super::session::Session;
 use super::{
-    Binding, BindingFilter, Gateway, GatewayError, NewResource, Resource, definition, internal_error, jsonrpc,
+    Binding, BindingFilter, Caller, Gateway, GatewayError, NewResource, Resource, definition, internal_error,
+    jsonrpc,
 };
 use crate::http::authn::AdminCaller;
 use crate::http::body::read;
@@ -41,6 +44,10 @@ use crate::http::json::{BODY_BYTES_MAX, Json};
 const MESSAGES_WAITING_MAX: usize = 64;
 /// A caller who reads streams gets one, with signs of life this far apart, when there is nothing to say for so long.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
+
+/// The sign of life: a comment.
+const SILENCE: &[u8] = b":\n\n";
+const LAST_EVENT_ID: &str = "last-event-id";
 
 /// The gateway's routes.
 pub fn routes(gateway: Arc<Gateway>) -> Router {
@@ -88,20 +95,85 @@ async fn post_message(
     }
     let caller = gateway.authenticate.caller(&context, &parts).await?;
     let body = read(body, BODY_BYTES_MAX).await?;
+    let session = resumable_session(&gateway, &context, &parts, &caller);
     let (sender, mut messages) = mpsc::channel(MESSAGES_WAITING_MAX);
     let listener = Listener { sender: Some(sender), ..Listener::default() };
     let asked = Asked { context, parts, body };
     // In a task of its own: a caller that hangs up must not keep the outcome of its call out of the log.
-    let serving = tokio::spawn(serve::serve(gateway, asked, caller, listener));
+    let serving = tokio::spawn(serve::serve(Arc::clone(&gateway), asked, caller, listener));
     // What is said before the answer makes it a stream, and so does a long silence.
-    match tokio::time::timeout(SIGN_OF_LIFE, messages.recv()).await {
+    let first = match tokio::time::timeout(SIGN_OF_LIFE, messages.recv()).await {
         Ok(None) => {
             let answers = serving.await.map_err(|_| GatewayError::Stopped)??;
-            Ok(render(answers))
+            return Ok(render(answers));
         }
-        Ok(Some(first)) => Ok(stream(event(&first), messages, serving)),
-        Err(_) => Ok(stream(Bytes::from_static(b":\n\n"), messages, serving)),
+        Ok(Some(first)) => Some(first),
+        Err(_) => None,
+    };
+    let kept = session.and_then(|session| {
+        let primes = session.revision() >= Revision::V2025_11_25;
+        gateway.resumable.keep(&session, &gateway.entropy).map(|kept| (kept, primes))
+    });
+    Ok(match kept {
+        Some(((keeper, reader), primes)) => {
+            tokio::spawn(keep(keeper, primes, first, messages, serving));
+            resumed(reader)
+        }
+        None => {
+            let first = first.map_or(Bytes::from_static(SILENCE), |first| event(&first));
+            stream(first, messages, serving)
+        }
+    })
+}
+
+/// The caller's session, where its streams may be resumed. Whether it was ended is for whoever serves the request.
+fn resumable_session(
+    gateway: &Gateway,
+    context: &Context,
+    parts: &Parts,
+    caller: &Caller,
+) -> Option<Session> {
+    let id = parts.headers.get(SESSION_HEADER)?.to_str().ok()?;
+    let session = Session::open(id, caller, context.now.seconds(), &gateway.sealing)?;
+    resume::is_resumable(&session).then_some(session)
+}
+
+/// Keeps what is said for whoever reads it, and reads it again. What was asked for goes on without a reader.
+async fn keep(
+    keeper: Keeper,
+    primes: bool,
+    first: Option<Bytes>,
+    mut messages: mpsc::Receiver<Bytes>,
+    serving: JoinHandle<Result<Answers, ApiError>>,
+) {
+    // Who has no event yet has nothing to resume from. Clients of before 2025-11-25 cannot read one without data.
+    let mut wanted = !primes || keeper.push(b"").await;
+    if let Some(first) = first {
+        wanted = wanted && keeper.push(&first).await;
     }
+    while wanted {
+        match messages.recv().await {
+            Some(message) => wanted = keeper.push(&message).await,
+            None => break,
+        }
+    }
+    drop(messages);
+    if wanted && let Some(text) = last_words(serving).await {
+        keeper.push(&text).await;
+    }
+    keeper.end().await;
+}
+
+/// A stream that goes on where another has stopped.
+fn resumed(reader: Reader) -> Response {
+    let events = futures_util::stream::unfold(reader, |mut reader| async {
+        let said = match reader.next(SIGN_OF_LIFE).await? {
+            Read::Event(event) => event,
+            Read::Silence => Bytes::from_static(SILENCE),
+        };
+        Some((Ok::<_, Infallible>(said), reader))
+    });
+    event_stream(Body::from_stream(events))
 }
 
 /// A browser's page may not speak for its user here, unless it is ours (DNS rebinding).
@@ -136,6 +208,10 @@ async fn get_stream(
         return Ok(StatusCode::NOT_ACCEPTABLE.into_response());
     }
     let caller = gateway.authenticate.caller(&context, &parts).await?;
+    if let Some(last_event_id) = parts.headers.get(LAST_EVENT_ID) {
+        let reader = serve::resume_stream(&gateway, &context, &parts, &caller, last_event_id).await?;
+        return Ok(reader.map_or_else(|| StatusCode::NOT_FOUND.into_response(), resumed));
+    }
     let Some(opened) = serve::open_stream(&gateway, &context, &parts, &caller).await? else {
         return Ok(StatusCode::NOT_FOUND.into_response());
     };
@@ -143,7 +219,7 @@ async fn get_stream(
     let listener = Listener { sender: Some(sender), ..Listener::default() };
     let asked = Asked { context, parts, body: Bytes::new() };
     let serving = tokio::spawn(serve::follow(gateway, asked, caller, opened, listener));
-    Ok(stream(Bytes::from_static(b":\n\n"), messages, serving))
+    Ok(stream(Bytes::from_static(SILENCE), messages, serving))
 }
 
 async fn delete_session(
@@ -242,13 +318,17 @@ fn stream(
         let said = saying.next().await?;
         Some((Ok::<_, Infallible>(said), saying))
     });
+    event_stream(Body::from_stream(events))
+}
+
+fn event_stream(events: Body) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-store"),
         // Tells a front like nginx to pass events on as they come.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    (StatusCode::OK, headers, Body::from_stream(events)).into_response()
+    (StatusCode::OK, headers, events).into_response()
 }
 
 impl Saying {
@@ -257,34 +337,33 @@ impl Saying {
             return Some(first);
         }
         match tokio::time::timeout(SIGN_OF_LIFE, self.messages.recv()).await {
-            Err(_) => Some(Bytes::from_static(b":\n\n")),
+            Err(_) => Some(Bytes::from_static(SILENCE)),
             Ok(Some(message)) => Some(event(&message)),
             // Nobody says anything any more: the answer is next, and last.
-            Ok(None) => {
-                let text = match self.serving.take()?.await {
-                    Ok(Ok(answers)) => {
-                        let texts: Vec<Vec<u8>> = answers
-                            .answers
-                            .into_iter()
-                            .map(|answer| written(answer, false, false).1)
-                            .filter(|text| !text.is_empty())
-                            .collect();
-                        if texts.is_empty() {
-                            return None;
-                        }
-                        if answers.batch {
-                            [&b"["[..], &texts.join(&b","[..]), b"]"].concat()
-                        } else {
-                            texts.concat()
-                        }
-                    }
-                    // The caller's stream has begun, so it is too late for a status.
-                    Ok(Err(_)) | Err(_) => jsonrpc::write_error(None, &internal_error()).ok()?,
-                };
-                Some(event(&super::peer::one_line(&text)))
-            }
+            Ok(None) => Some(event(&last_words(self.serving.take()?).await?)),
         }
     }
+}
+
+/// The answer at the end of a stream, on one line. Absent where there is nothing to say.
+async fn last_words(serving: JoinHandle<Result<Answers, ApiError>>) -> Option<Vec<u8>> {
+    let text = match serving.await {
+        Ok(Ok(answers)) => {
+            let texts: Vec<Vec<u8>> = answers
+                .answers
+                .into_iter()
+                .map(|answer| written(answer, false, false).1)
+                .filter(|text| !text.is_empty())
+                .collect();
+            if texts.is_empty() {
+                return None;
+            }
+            if answers.batch { [&b"["[..], &texts.join(&b","[..]), b"]"].concat() } else { texts.concat() }
+        }
+        // The caller's stream has begun, so it is too late for a status.
+        Ok(Err(_)) | Err(_) => jsonrpc::write_error(None, &internal_error()).ok()?,
+    };
+    Some(super::peer::one_line(&text))
 }
 
 #[derive(Deserialize)]

@@ -42,6 +42,7 @@ pub mod listen;
 pub(crate) mod peer;
 mod policy;
 pub(crate) mod protocol;
+pub mod resume;
 mod serve;
 #[cfg(test)]
 mod server_tests;
@@ -74,6 +75,7 @@ use jsonrpc::{RpcError, code};
 pub use listen::Streams;
 pub use peer::Peers;
 pub use policy::{Known, Mode, NewRule, Rule, Rules, Subject};
+pub use resume::Resumable;
 pub use serve::Underway;
 use upstream::{Credential, Endpoint};
 pub use upstream::{Secrets, Upstream, UpstreamError};
@@ -197,6 +199,8 @@ pub struct Gateway {
     pub underway: Underway,
     /// Streams on which callers are told what changes.
     pub streams: Streams,
+    /// Answers that outlive their connection.
+    pub resumable: Arc<Resumable>,
     /// Schemas of tools' arguments, by the digest of the definition.
     pub schemas: Cache<String, Arc<Schema>>,
     /// Rules for calls, compiled, as they were last seen.

@@ -682,17 +682,7 @@ pub(super) fn read_schema(text: Option<String>) -> Value {
 ///
 /// Errors: [`GatewayError::Fields`] with what Cedar says.
 pub(super) fn check(name: &str, new: &NewRule, input_schema: Option<&Value>) -> Result<(), GatewayError> {
-    if !is_tool_name(name) || name == BINDING {
-        return Err(field("name", "must match ^[A-Za-z0-9_.-]{1,64}$, and not be `binding`"));
-    }
-    if new.mode == Mode::Deleted {
-        return Err(field("mode", "must be one of enforce, shadow, off"));
-    }
-    if new.text.len() > TEXT_BYTES_MAX {
-        return Err(field("text", "must have at most 16384 bytes"));
-    }
-    let policy = Policy::parse(Some(PolicyId::new(name)), &new.text)
-        .map_err(|error| field("text", format!("is not one Cedar policy: {error}")))?;
+    let policy = parse(name, new)?;
     let schema = schema(input_schema).map_err(|error| field("tool", error))?;
     let mut set = PolicySet::new();
     set.add(policy).map_err(|error| field("text", error.to_string()))?;
@@ -705,6 +695,23 @@ pub(super) fn check(name: &str, new: &NewRule, input_schema: Option<&Value>) -> 
     let errors = validated.validation_errors().map(ToString::to_string);
     let problems: Vec<String> = errors.chain(never.map(ToString::to_string)).take(5).collect();
     if problems.is_empty() { Ok(()) } else { Err(field("text", problems.join("; "))) }
+}
+
+/// Reads a rule, without a look at what it speaks of.
+///
+/// Errors: as [`check`].
+pub(super) fn parse(name: &str, new: &NewRule) -> Result<Policy, GatewayError> {
+    if !is_tool_name(name) || name == BINDING {
+        return Err(field("name", "must match ^[A-Za-z0-9_.-]{1,64}$, and not be `binding`"));
+    }
+    if new.mode == Mode::Deleted {
+        return Err(field("mode", "must be one of enforce, shadow, off"));
+    }
+    if new.text.len() > TEXT_BYTES_MAX {
+        return Err(field("text", "must have at most 16384 bytes"));
+    }
+    Policy::parse(Some(PolicyId::new(name)), &new.text)
+        .map_err(|error| field("text", format!("is not one Cedar policy: {error}")))
 }
 
 /// Writes the next version of a rule that was checked; gives the event.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use axum::http::HeaderValue;
 use axum::http::request::Parts;
 use futures_util::future::join_all;
 use mastio_core::audit::event::{Event, EventType};
@@ -26,6 +27,7 @@ use super::policy::Rules;
 use super::protocol::{
     self, META_SERVER, NotThisRevision, PARAMETER_PREFIX, Revision, SESSION_HEADER, server_info,
 };
+use super::resume::Reader;
 use super::servers::{SERVERS_MAX, Server, Tool};
 use super::session::{ReplyTo, Session};
 use super::store;
@@ -282,6 +284,7 @@ pub(super) async fn end_session(
         return Err(gateway.refused(context, parts, error).await);
     }
     if let Some(session) = &session {
+        gateway.resumable.forget(&session.nonce);
         gateway.end_peer_sessions(caller, &session.nonce).await?;
     }
     Ok(session.is_some())
@@ -296,19 +299,57 @@ pub(super) async fn open_stream(
     parts: &Parts,
     caller: &Caller,
 ) -> Result<Option<(Session, StreamPlace)>, ApiError> {
-    let id = parts.headers.get(SESSION_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let session = match Session::open(id, caller, context.now.seconds(), &gateway.sealing) {
-        Some(session) => {
-            let mut tx = gateway.store.read().await.map_err(GatewayError::from)?;
-            let ended = store::is_used_up(&mut tx, &session.ended_id()).await.map_err(GatewayError::from)?;
-            (!ended).then_some(session)
-        }
-        None => None,
-    };
+    let session = own_session(gateway, context, parts, caller).await?;
     let place = match &session {
         Some(session) => Some(gateway.stream_place(caller, Some(session))?),
         None => None,
     };
+    admit(gateway, context, parts, caller, session.as_ref()).await?;
+    Ok(session.zip(place))
+}
+
+/// Takes over a stream that has lost its connection, after the event that the request names. Absent: the session is none
+/// of the caller's.
+///
+/// Errors: as [`serve`], and 400 for an event that no stream of the session has any more.
+pub(super) async fn resume_stream(
+    gateway: &Arc<Gateway>,
+    context: &Context,
+    parts: &Parts,
+    caller: &Caller,
+    last_event_id: &HeaderValue,
+) -> Result<Option<Reader>, ApiError> {
+    let session = own_session(gateway, context, parts, caller).await?;
+    admit(gateway, context, parts, caller, session.as_ref()).await?;
+    let Some(session) = session else { return Ok(None) };
+    let last_event_id = last_event_id.to_str().unwrap_or_default();
+    let reader = gateway.resumable.resume(&session, last_event_id);
+    reader.map(Some).ok_or_else(|| GatewayError::UnknownEvent.into())
+}
+
+/// The session that the request names, if it is the caller's and not over.
+async fn own_session(
+    gateway: &Gateway,
+    context: &Context,
+    parts: &Parts,
+    caller: &Caller,
+) -> Result<Option<Session>, GatewayError> {
+    let id = parts.headers.get(SESSION_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let Some(session) = Session::open(id, caller, context.now.seconds(), &gateway.sealing) else {
+        return Ok(None);
+    };
+    let ended = store::is_used_up(&mut gateway.store.read().await?, &session.ended_id()).await?;
+    Ok((!ended).then_some(session))
+}
+
+/// Uses up the proof of a request for a stream, and records one for a session that is none of the caller's.
+async fn admit(
+    gateway: &Gateway,
+    context: &Context,
+    parts: &Parts,
+    caller: &Caller,
+    session: Option<&Session>,
+) -> Result<(), ApiError> {
     let refused =
         || event(EventType::McpSessionRefused, &caller.agent_id, json!({ "request_id": context.request_id }));
     let append = Append {
@@ -318,10 +359,10 @@ pub(super) async fn open_stream(
         epoch: Some(caller.epoch),
         ..Append::default()
     };
-    if let Err(error) = gateway.journal.append(append).await {
-        return Err(gateway.refused(context, parts, error).await);
+    match gateway.journal.append(append).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(gateway.refused(context, parts, error).await),
     }
-    Ok(session.zip(place))
 }
 
 /// Tells a session on its GET stream what changes, until the stream ends.

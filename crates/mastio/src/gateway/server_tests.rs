@@ -681,7 +681,13 @@ async fn progress_comes_as_it_is_said_to_who_reads_streams_and_not_to_the_sdk() 
     let (_, text) = read(response).await;
     let progress = r#"{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":"p", "progress":0.50}}"#;
     let answer = format!(r#"{{"jsonrpc":"2.0","id":7,"result":{RESULT}}}"#);
-    assert_eq!(text, format!("event: message\ndata: {progress}\n\nevent: message\ndata: {answer}\n\n"));
+    // Each has an id to read on from.
+    let (ids, said): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| line.starts_with("id: "));
+    assert_eq!(
+        said.join("\n"),
+        format!("event: message\ndata: {progress}\n\nevent: message\ndata: {answer}\n")
+    );
+    assert!(ids[0].ends_with(".0") && ids[1].ends_with(".1"), "{ids:?}");
 }
 
 #[tokio::test]

@@ -154,6 +154,15 @@ fn open<T: serde::de::DeserializeOwned>(sealing: &SealingKey, place: &str, id: &
     serde_json::from_slice(&sealing.open_bytes(place, &sealed).ok()?).ok()
 }
 
+/// A session of 2025-11-25, of somebody.
+#[cfg(test)]
+pub(super) fn any() -> Session {
+    let capabilities = Map::new();
+    let (nonce, agent_id) = (Entropy::default().text::<16>(), "acme::a".to_owned());
+    let (principal_type, revision) = ("agent".to_owned(), Revision::V2025_11_25.as_str().to_owned());
+    Session { nonce, agent_id, principal_type, revision, begun_at: 1_000_000, capabilities }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

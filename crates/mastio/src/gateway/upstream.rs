@@ -547,7 +547,8 @@ impl Incoming {
             return Err(UpstreamError::TooLarge);
         }
         let streamed = is_event_stream(response.headers());
-        let foreign = !streamed && essence(response.headers()).is_some_and(|it| it != "application/json");
+        let is_json = |essence: &str| essence == "application/json" || essence.ends_with("+json");
+        let foreign = !streamed && essence(response.headers()).is_some_and(|it| !is_json(&it));
         Ok(Self {
             response,
             streamed,

@@ -1002,10 +1002,13 @@ pub const OPERATIONS: &[Operation] = &[
         summary: "The stream of Mcp-Session-Id: what changes, as it changes",
         who: Who::Token,
         query: &[],
-        headers: &[("DPoP", false, "A proof with ath, for a DPoP-bound token")],
+        headers: &[
+            ("DPoP", false, "A proof with ath, for a DPoP-bound token"),
+            ("Last-Event-ID", false, "The last event that was read of a streamed answer: the rest of it"),
+        ],
         input: Input::Nothing,
         answer: Answer::Other(200, "text/event-stream"),
-        errors: &[401, 403, 404, 405, 406, 409, 429, 503],
+        errors: &[400, 401, 403, 404, 405, 406, 409, 429, 503],
     },
     Operation {
         method: "GET",

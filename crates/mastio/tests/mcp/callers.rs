@@ -23,7 +23,8 @@ fn sent<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 /// The word for `caller` that the server is given with a call.
 fn word(caller: &Caller) -> String {
     let answer = caller.call("headers", &json!({}));
-    let head = answer["result"]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
+    let head =
+        answer["result"]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
     sent(&head, "mastio-caller").unwrap_or_else(|| panic!("{head}")).to_owned()
 }
 
@@ -50,16 +51,21 @@ fn servers_are_told_who_calls(database: Database) {
     // A word for the server alone, that others verify by our published keys.
     let (of_alice, of_bob) = (word(alice), word(bob));
     let judged_alice = judged(&world, &of_alice);
-    assert_eq!((&judged_alice["header"]["typ"], &judged_alice["header"]["alg"]), (&json!("mastio-caller+jwt"), &json!("ES256")));
+    assert_eq!(
+        (&judged_alice["header"]["typ"], &judged_alice["header"]["alg"]),
+        (&json!("mastio-caller+jwt"), &json!("ES256"))
+    );
     let said = &judged_alice["claims"];
     assert_eq!((&said["sub"], &said["aud"]), (&json!(alice.id), &json!(told.url)));
     assert_eq!(said["exp"].as_i64().unwrap() - said["iat"].as_i64().unwrap(), 60);
     assert_eq!(judged(&world, &of_bob)["claims"]["sub"], bob.id);
     assert_ne!(claims(&word(alice))["jti"], said["jti"]);
     // Nobody calls when we look at a server ourselves.
-    assert!(told.seen().iter().all(|(head, body)| {
-        sent(head, "mastio-caller").is_some() == (body["method"] == "tools/call")
-    }));
+    assert!(
+        told.seen().iter().all(|(head, body)| {
+            sent(head, "mastio-caller").is_some() == (body["method"] == "tools/call")
+        })
+    );
 
     // It is no token of the agent's, though the same key signed it, nor proves it who the agent is.
     let answer = alice.list_with(&of_alice);
@@ -97,12 +103,16 @@ fn servers_are_told_who_calls(database: Database) {
     for server in [&told, &exchanging, &fine] {
         for (head, body) in server.seen() {
             for caller in [alice, bob] {
-                assert!(!head.contains(caller.token()) && !body.to_string().contains(caller.token()), "{head}");
+                assert!(
+                    !head.contains(caller.token()) && !body.to_string().contains(caller.token()),
+                    "{head}"
+                );
             }
         }
     }
     // And our own is shown to nobody.
-    let shown = world.deploy.admin_get("/v1/admin/mcp-upstreams").body + &world.deploy.admin_get("/v1/admin/mcp-config").body;
+    let shown = world.deploy.admin_get("/v1/admin/mcp-upstreams").body
+        + &world.deploy.admin_get("/v1/admin/mcp-config").body;
     assert!(!shown.contains("s3cr3t") && shown.contains("oauth_token_exchange"), "{shown}");
 
     // While nothing is signed nobody is vouched for, and everything else goes on.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -36,6 +36,8 @@ struct Shared {
     open: Mutex<Vec<TcpStream>>,
     served: AtomicUsize,
     stopped: AtomicBool,
+    /// Whether the calls that wait may go on.
+    released: (Mutex<bool>, Condvar),
 }
 
 /// A tool that takes anything.
@@ -61,6 +63,7 @@ impl Hostile {
             open: Mutex::default(),
             served: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
+            released: Default::default(),
         });
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -98,6 +101,12 @@ impl Hostile {
         }
     }
 
+    /// Lets the calls go on that wait.
+    pub fn release(&self) {
+        *self.shared.released.0.lock().unwrap() = true;
+        self.shared.released.1.notify_all();
+    }
+
     pub fn set_tools(&self, tools: Vec<Value>) {
         *self.shared.tools.lock().unwrap() = tools;
     }
@@ -115,7 +124,8 @@ impl Hostile {
     /// What its token endpoint was asked.
     pub fn forms(&self) -> Vec<HashMap<String, String>> {
         let seen = self.seen();
-        let forms = seen.iter().filter_map(|(head, body)| body.as_str().filter(|_| head.starts_with("POST /token ")));
+        let forms =
+            seen.iter().filter_map(|(head, body)| body.as_str().filter(|_| head.starts_with("POST /token ")));
         forms.map(form).collect()
     }
 
@@ -222,8 +232,7 @@ impl Shared {
                     Some(content_type) => format!("Content-Type: {content_type}\r\n"),
                     None => String::new(),
                 };
-                let text =
-                    format!("HTTP/1.1 200 OK\r\n{head}Content-Length: {}\r\n\r\n{body}", body.len());
+                let text = format!("HTTP/1.1 200 OK\r\n{head}Content-Length: {}\r\n\r\n{body}", body.len());
                 stream.write_all(text.as_bytes()).ok()
             }
             "large" => {
@@ -232,6 +241,24 @@ impl Shared {
                     "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
                 );
                 stream.write_all(head.as_bytes()).ok()
+            }
+            "waits" => {
+                let event = |text: &str| format!("data: {text}\n\n");
+                let told = |data: &str| {
+                    let params = json!({ "level": "info", "data": data });
+                    event(
+                        &json!({ "jsonrpc": "2.0", "method": "notifications/message", "params": params })
+                            .to_string(),
+                    )
+                };
+                stream.write_all(begin_events.as_bytes()).ok()?;
+                stream.write_all(told("before").as_bytes()).ok()?;
+                let (released, woken) = &self.released;
+                let waited = woken.wait_while(released.lock().unwrap(), |released| !*released);
+                drop(waited.unwrap());
+                stream.write_all(told("after").as_bytes()).ok()?;
+                stream.write_all(event(&said("done")).as_bytes()).ok()?;
+                None
             }
             "endless" => {
                 stream.write_all(begin_events.as_bytes()).ok()?;

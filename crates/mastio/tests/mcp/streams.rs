@@ -102,3 +102,81 @@ fn what_changes_is_told_to_whom_it_concerns_and_to_nobody_else() {
     let last = std::iter::from_fn(|| new.next()).last().unwrap();
     assert_eq!((&last["id"], &last["result"]["resultType"]), (&json!(5), &json!("complete")));
 }
+
+/// What a stream says: the texts of its log messages, and of the result.
+fn told(events: &mut crate::world::Events) -> Vec<String> {
+    std::iter::from_fn(|| events.next())
+        .map(|said| {
+            let text =
+                said["params"]["data"].as_str().or_else(|| said["result"]["content"][0]["text"].as_str());
+            text.unwrap_or_else(|| panic!("{said}")).to_owned()
+        })
+        .collect()
+}
+
+#[test]
+fn whoever_loses_the_connection_in_mid_call_reads_on_where_it_stopped() {
+    let world = World::new(Database::Sqlite);
+    let hostile = Hostile::start(vec![tool("waits")]);
+    world.server("slow", &hostile.url, &[&world.alice, &world.bob]);
+    let body = crate::world::call("waits", &json!({}));
+    let session = world.alice.session();
+    let with = |session: &str, last: &str| {
+        [("Accept", "text/event-stream"), ("Mcp-Session-Id", session), ("Last-Event-ID", last)]
+            .map(|(name, value)| (name, value.to_owned()))
+    };
+    let resume = |caller: &Caller, session: &str, last: &str| {
+        let headers = with(session, last);
+        let headers: Vec<(&str, &str)> =
+            headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        caller.open("GET", &headers, "")
+    };
+
+    let mut stream = world.alice.open("POST", &[STREAMS, ("Mcp-Session-Id", &session)], &body);
+    assert_eq!(stream.next().unwrap()["params"]["data"], "before");
+    // The first event has no data: there is something to resume from before anything was said.
+    let [primed, before] = &stream.ids[..] else { panic!("{:?}", stream.ids) };
+    let (primed, before) = (primed.clone(), before.clone());
+    // Cut while the call is under way; what was asked for goes on, and is done once.
+    drop(stream);
+    let mut again = resume(&world.alice, &session, &before);
+    assert_eq!(again.status, 200);
+    hostile.release();
+    assert_eq!(told(&mut again), ["after", "done"]);
+    // Until it is forgotten it is told as often as it is asked for, from wherever it was heard to.
+    assert_eq!(told(&mut resume(&world.alice, &session, &primed)), ["before", "after", "done"]);
+    assert_eq!(told(&mut resume(&world.alice, &session, again.ids.last().unwrap())), Vec::<String>::new());
+    assert_eq!(hostile.calls("waits").len(), 1);
+
+    // Nobody else's, no other session's, and nothing that was never said.
+    assert_eq!(resume(&world.bob, &session, &before).status, 404);
+    assert_eq!(resume(&world.bob, &world.bob.session(), &before).status, 400);
+    assert_eq!(resume(&world.alice, &world.alice.session(), &before).status, 400);
+    assert_eq!(resume(&world.alice, &session, "nothing.7").status, 400);
+    let unknown: Vec<(&str, String)> = with(&session, "nothing.7").to_vec();
+    let headers: Vec<(&str, &str)> = unknown.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    assert!(world.alice.send("GET", &headers, "").body.contains("no stream of this session"));
+
+    // Revisions that have it, and those that have not.
+    for (revision, primes, resumable) in [
+        ("2024-11-05", false, false),
+        ("2025-03-26", false, true),
+        ("2025-06-18", false, true),
+        ("2025-11-25", true, true),
+    ] {
+        let session = world.alice.session_of(revision);
+        let mut stream = world.alice.open("POST", &[STREAMS, ("Mcp-Session-Id", &session)], &body);
+        assert_eq!(told(&mut stream), ["before", "after", "done"], "{revision}");
+        let expected = if resumable { 3 + usize::from(primes) } else { 0 };
+        assert_eq!(stream.ids.len(), expected, "{revision}: {:?}", stream.ids);
+    }
+    let (body, headers) = modern("tools/call", Some("waits"), &json!({ "name": "waits", "arguments": {} }));
+    let headers: Vec<(&str, &str)> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let answer = world.alice.send("POST", &headers, &body);
+    assert_eq!(answer.json()["result"]["content"][0]["text"], "done", "{answer:?}");
+
+    // A session that has ended takes its streams along.
+    assert_eq!(world.alice.send("DELETE", &[("Mcp-Session-Id", &session)], "").status, 204);
+    assert_eq!(resume(&world.alice, &session, &before).status, 404);
+    assert_eq!(world.deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+}

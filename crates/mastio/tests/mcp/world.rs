@@ -233,7 +233,12 @@ impl Caller {
 
     /// Begins a session of 2025-11-25. Gives its id.
     pub fn session(&self) -> String {
-        let params = json!({ "protocolVersion": "2025-11-25", "capabilities": {},
+        self.session_of("2025-11-25")
+    }
+
+    /// Begins a session of a revision. Gives its id.
+    pub fn session_of(&self, revision: &str) -> String {
+        let params = json!({ "protocolVersion": revision, "capabilities": {},
             "clientInfo": { "name": "t", "version": "1" } });
         let body = json!({ "jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params });
         let answer = self.send("POST", &[STREAMS], &body.to_string());
@@ -291,6 +296,8 @@ pub fn call(tool: &str, arguments: &Value) -> String {
 /// An open stream of events.
 pub struct Events {
     pub status: u16,
+    /// The ids of the events so far.
+    pub ids: Vec<String>,
     lines: BufReader<StreamOwned<ClientConnection, TcpStream>>,
 }
 
@@ -305,7 +312,7 @@ impl Events {
             line.clear();
             lines.read_line(&mut line).unwrap();
         }
-        Self { status, lines }
+        Self { status, ids: Vec::new(), lines }
     }
 
     /// The next message. Nothing when the stream has ended.
@@ -315,6 +322,9 @@ impl Events {
             // Chunk sizes and comments are lines of their own: we write each event as a whole.
             if self.lines.read_line(&mut line).ok()? == 0 || line == "0\r\n" {
                 return None;
+            }
+            if let Some(id) = line.strip_prefix("id: ") {
+                self.ids.push(id.trim_end().to_owned());
             }
             if let Some(data) = line.strip_prefix("data: ") {
                 return Some(serde_json::from_str(data.trim_end()).unwrap());
