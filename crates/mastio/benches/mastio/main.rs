@@ -24,7 +24,7 @@ use load::Load;
 use machine::Machine;
 use policy::Policies;
 use server::Deploy;
-use update::Update;
+use update::{Detector, Update};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -52,6 +52,9 @@ struct Options {
     /// Leave the gateway out
     #[arg(long)]
     no_gateway: bool,
+    /// Ask the detector at a fleet of this size too, made by SQL
+    #[arg(long)]
+    detector: Option<u32>,
     /// Leave the token path out
     #[arg(long)]
     no_load: bool,
@@ -84,6 +87,7 @@ struct Report {
     updates: Vec<Update>,
     sizes_left_out: Vec<u32>,
     process: Vec<Process>,
+    detector: Option<Detector>,
 }
 
 /// Start and memory of one deploy's process.
@@ -194,6 +198,10 @@ async fn report(options: &Options) -> Result<Report, Failure> {
         });
         server.stop()?;
     }
+    let detector = match options.detector {
+        Some(agents) => Some(Detector::measure(agents).await?),
+        None => None,
+    };
     let policies = policy::measure().await?;
     Ok(Report {
         machine,
@@ -206,6 +214,7 @@ async fn report(options: &Options) -> Result<Report, Failure> {
         updates,
         sizes_left_out,
         process,
+        detector,
     })
 }
 
@@ -323,6 +332,12 @@ fn show(report: &Report) {
             process.idle_after_adoption_mib,
             process.idle_after_start_mib,
             process.peak_mib
+        );
+    }
+    if let Some(detector) = &report.detector {
+        println!(
+            "{} agents: every check of the detector in {:.1} ms at boot (median; {:.1} ms at most), started in {:.0} ms",
+            detector.agents, detector.median_ms, detector.longest_ms, detector.start_ms
         );
     }
     for agents in &report.sizes_left_out {

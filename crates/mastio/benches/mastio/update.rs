@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::Failure;
 use crate::client::{Connection, Target};
@@ -158,4 +160,58 @@ pub async fn apply(deploy: &Deploy, server: &Server) -> Result<(), Failure> {
     let path = format!("/proxy/updates/{MIGRATION}/apply");
     let request = agent.request("POST", &path, &[("x-admin-secret", ADMIN_SECRET)], r#"{"confirm": true}"#);
     agent.connect().await?.expect(&request, 200).await.map(drop)
+}
+
+/// How long the detector takes to ask every check.
+#[derive(Debug, Clone, Serialize)]
+pub struct Detector {
+    pub agents: u32,
+    pub median_ms: f64,
+    pub longest_ms: f64,
+    pub start_ms: f64,
+}
+
+/// Boots of which the median is shown.
+const BOOTS: usize = 5;
+
+impl Detector {
+    /// Multiplies an adopted deploy's agents by SQL, and starts the binary on it again and again. The update that it
+    /// detects stays pending, so that every check is asked in full.
+    pub async fn measure(agents: u32) -> Result<Self, Failure> {
+        let deploy = Deploy::new(5)?.ok_or("the bundled deploy")?;
+        deploy.start()?.stop()?;
+        let mut database = SqliteConnectOptions::new().filename(deploy.database()).connect().await?;
+        for sql in [
+            "INSERT INTO internal_agents (agent_id, display_name, capabilities, cert_pem, created_at, is_active, \
+             enrollment_method, spiffe_id) SELECT a.agent_id || '-' || n.i, a.display_name, a.capabilities, a.cert_pem, \
+             a.created_at, a.is_active, a.enrollment_method, a.spiffe_id || '-' || n.i FROM internal_agents a, \
+             (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < $1 / 5) SELECT i FROM n) n",
+            "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+             profile_gaps) SELECT c.agent_id || '-' || n.i, lower(hex(randomblob(32))), c.spki_sha256, \
+             lower(hex(randomblob(16))), c.issuer_key_id, c.not_after, c.profile_gaps FROM agent_certificates c, \
+             (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < $1 / 5) SELECT i FROM n) n",
+        ] {
+            sqlx::query(sql).bind(agents).execute(&mut database).await?;
+        }
+        let row: (i64,) =
+            sqlx::query_as("SELECT COUNT(*) FROM internal_agents").fetch_one(&mut database).await?;
+        database.close().await?;
+        let (mut times, mut starts) = (Vec::new(), Vec::new());
+        for _ in 0..BOOTS {
+            let server = deploy.start()?;
+            starts.push(server.started_in.as_secs_f64() * 1e3);
+            let line =
+                server.logged("update_checks_ended").into_iter().next().ok_or("no checks were asked")?;
+            times.push(line["took_s"].as_f64().ok_or("checks took no time")? * 1e3);
+            server.stop()?;
+        }
+        times.sort_unstable_by(f64::total_cmp);
+        starts.sort_unstable_by(f64::total_cmp);
+        Ok(Self {
+            agents: row.0.try_into()?,
+            median_ms: times[BOOTS / 2],
+            longest_ms: times[BOOTS - 1],
+            start_ms: starts[BOOTS / 2],
+        })
+    }
 }

@@ -139,7 +139,7 @@ pub async fn counts(tx: &mut impl Query) -> Result<Vec<(EnrollmentType, bool, i6
     Ok(counts)
 }
 
-/// Whether a certificate is a former one of this agent.
+/// Whether a certificate is a former one of this agent. What an update has only staged does not count.
 pub async fn is_superseded(
     tx: &mut impl Query,
     fingerprint: &str,
@@ -147,7 +147,8 @@ pub async fn is_superseded(
 ) -> Result<bool, StoreError> {
     let row = tx
         .row(
-            "SELECT 1 FROM superseded_certificates WHERE fingerprint = $1 AND agent_id = $2",
+            "SELECT 1 FROM superseded_certificates s WHERE s.fingerprint = $1 AND s.agent_id = $2 \
+             AND NOT EXISTS (SELECT 1 FROM update_runs r WHERE r.run_id = s.superseded_by AND r.committed_at IS NULL)",
             values![fingerprint, agent_id],
         )
         .await?;

@@ -324,6 +324,7 @@ const TABLES: &[Table] = &[
             "#written",
             "#beats",
             "images_digest",
+            "follows",
         ],
     },
     Table {
@@ -341,6 +342,7 @@ const TABLES: &[Table] = &[
             "after",
             "#changes",
             "accepted",
+            "#follows",
         ],
     },
     Table {

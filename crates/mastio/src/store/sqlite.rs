@@ -15,6 +15,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that only read. Two cores are busy with fewer.
 const READERS_MAX: u32 = 4;
+/// What a reader keeps of the file, in KiB, negative as SQLite wants it; the kernel keeps the rest.
+const READER_CACHE: &str = "-1024";
+/// Statements that a connection keeps prepared.
+const STATEMENTS_MAX: usize = 192;
 
 /// One connection that writes, and a few that read.
 pub(super) struct Pools {
@@ -30,9 +34,10 @@ fn options(path: &Path, create: bool) -> SqliteConnectOptions {
         .busy_timeout(BUSY_TIMEOUT)
         // A deleted key must not stay readable in the file: within a page at once, in free pages by the VACUUM of `scrub`.
         .pragma("secure_delete", "FAST")
-        // `checkpoint` empties the log beside the commits; this is for a process that has no such job, or cannot follow.
-        .pragma("wal_autocheckpoint", "20000")
-        .statement_cache_capacity(512)
+        // `checkpoint` empties the log beside the commits. This, a gigabyte, is for a process that has no such job or cannot
+        // follow: the commit that comes to it copies all of that while everybody waits, and an update's is long.
+        .pragma("wal_autocheckpoint", "131072")
+        .statement_cache_capacity(STATEMENTS_MAX)
 }
 
 /// Puts the file into WAL mode, rewrites it, and empties its log.
@@ -71,7 +76,7 @@ pub(super) async fn open(path: &Path, create: bool) -> Result<Pools, StoreError>
     if !foreign {
         sqlx::query("PRAGMA journal_mode = WAL").fetch_all(&writer).await?;
     }
-    let readers = pool(READERS_MAX).connect_with(options).await?;
+    let readers = pool(READERS_MAX).connect_with(options.pragma("cache_size", READER_CACHE)).await?;
     Ok(Pools { writer, readers })
 }
 

@@ -218,7 +218,7 @@ impl WriteTx {
     ) -> Result<u64, StoreError> {
         let mut touched = 0;
         for chunk in rows.chunks(ROWS_PER_STATEMENT) {
-            let sql = multi_row(target, chunk, conflict);
+            let sql = self.multi_row(target, chunk, conflict);
             touched += self.execute_built(sql, &chunk.concat()).await?;
         }
         Ok(touched)
@@ -233,10 +233,36 @@ impl WriteTx {
     ) -> Result<Vec<Row>, StoreError> {
         let mut returned = Vec::new();
         for chunk in rows.chunks(ROWS_PER_STATEMENT) {
-            let sql = multi_row(target, chunk, conflict);
+            let sql = self.multi_row(target, chunk, conflict);
             returned.extend(self.rows_built(sql, &chunk.concat()).await?);
         }
         Ok(returned)
+    }
+
+    fn multi_row(&self, target: &str, rows: &[Vec<Value>], conflict: &str) -> String {
+        // SQLite finds a parameter with a number by going through all that came before it.
+        let numbered = self.is_postgres();
+        let mut sql = format!("INSERT INTO {target} VALUES ");
+        let mut parameter = 0;
+        for (index, row) in rows.iter().enumerate() {
+            sql.push_str(if index == 0 { "(" } else { ",(" });
+            for column in 0..row.len() {
+                parameter += 1;
+                if column > 0 {
+                    sql.push(',');
+                }
+                if numbered {
+                    sql.push('$');
+                    sql.push_str(&parameter.to_string());
+                } else {
+                    sql.push('?');
+                }
+            }
+            sql.push(')');
+        }
+        sql.push(' ');
+        sql.push_str(conflict);
+        sql
     }
 
     /// Marks a fact as changed that signing depends on, where no trigger does it.
@@ -251,9 +277,12 @@ impl WriteTx {
     /// Errors: [`StoreError::Database`]; then nothing has changed.
     pub async fn commit(mut self, events: &[Event]) -> Result<Committed, StoreError> {
         let now = self.clock.now();
-        self.append(now, events).await?;
-        let row = self.connection.rows("SELECT epoch FROM audit_head WHERE id = 1", &[]).await?;
-        let epoch = row.first().ok_or(StoreError::HeadMissing)?.integer(0)?;
+        let head = if events.is_empty() {
+            self.connection.rows("SELECT epoch FROM audit_head WHERE id = 1", &[]).await?
+        } else {
+            self.append(now, events).await?
+        };
+        let epoch = head.first().ok_or(StoreError::HeadMissing)?.integer(0)?;
         let sequence = self.head.sequence;
         self.finish().await?;
         Ok(Committed { sequence, epoch })
@@ -271,10 +300,8 @@ impl WriteTx {
         self.finish().await
     }
 
-    async fn append(&mut self, now: UnixMicros, events: &[Event]) -> Result<(), StoreError> {
-        if events.is_empty() {
-            return Ok(());
-        }
+    /// Links `events` to the chain; the answer is the epoch that stands behind them.
+    async fn append(&mut self, now: UnixMicros, events: &[Event]) -> Result<Vec<Row>, StoreError> {
         let mut rows = Vec::with_capacity(events.len());
         for event in events {
             let row = chain::link(&self.head, &self.entropy.ulid(now), now, event)?;
@@ -297,12 +324,12 @@ impl WriteTx {
         )
         .await?;
         let (sequence, hash) = (self.head.sequence, self.head.hash.clone());
-        self.execute(
-            "UPDATE audit_head SET sequence = $1, hash = $2 WHERE id = 1",
-            crate::values![sequence, hash],
-        )
-        .await?;
-        Ok(())
+        self.connection
+            .rows(
+                "UPDATE audit_head SET sequence = $1, hash = $2 WHERE id = 1 RETURNING epoch",
+                crate::values![sequence, hash],
+            )
+            .await
     }
 
     async fn finish(self) -> Result<(), StoreError> {
@@ -320,24 +347,4 @@ impl Query for WriteTx {
     async fn rows(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, StoreError> {
         self.writes.told(self.connection.rows(sql, values).await)
     }
-}
-
-fn multi_row(target: &str, rows: &[Vec<Value>], conflict: &str) -> String {
-    let mut sql = format!("INSERT INTO {target} VALUES ");
-    let mut parameter = 0;
-    for (index, row) in rows.iter().enumerate() {
-        sql.push_str(if index == 0 { "(" } else { ",(" });
-        for column in 0..row.len() {
-            parameter += 1;
-            if column > 0 {
-                sql.push(',');
-            }
-            sql.push('$');
-            sql.push_str(&parameter.to_string());
-        }
-        sql.push(')');
-    }
-    sql.push(' ');
-    sql.push_str(conflict);
-    sql
 }

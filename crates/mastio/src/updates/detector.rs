@@ -5,6 +5,7 @@
 //! SQL is respected: `applied` and `rolled_back` are never proposed again.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use mastio_core::audit::event::EventType;
 use serde_json::json;
@@ -17,6 +18,7 @@ use crate::pki::sealing::{clear_state, set_state};
 impl Updates {
     /// Runs every check, writes what it found, and makes halt and findings current.
     pub async fn detect(&self) -> Result<(), UpdateError> {
+        let began = Instant::now();
         engine::complete_facts(&self.pki).await?;
         let mut findings = Findings::default();
         for migration in registry::all() {
@@ -24,6 +26,7 @@ impl Updates {
         }
         self.findings.store(Arc::new(findings));
         self.pki.refresh().await?;
+        tracing::info!(took_s = began.elapsed().as_secs_f64(), "update_checks_ended");
         Ok(())
     }
 

@@ -23,18 +23,21 @@ use super::migration::{
     Migration, Need, RestoredAuthority, Tools,
 };
 use super::snapshots::{self, State};
-use super::store::{self as rows, FleetCell, StagedCell, StagedFacts};
+use super::store::{self as rows, FingerprintRange, FleetCell, RestoredFleet, StagedCell, StagedFacts};
 use super::view::View;
 use super::{Direction, Phase, Progress, Updates, rehearsal};
 use super::{stored, verify};
 use crate::entropy::Entropy;
 use crate::pki::store::{self as pki_rows, CertificateFacts, config_key, hex};
 use crate::pki::{Authority, PkiError};
-use crate::store::{Query, WriteTx};
+use crate::store::{Query, Value, WriteTx};
 use crate::values;
 
-/// Leaves that are read, signed, verified and staged together; bounds memory whatever the fleet's size.
-pub(super) const BATCH_LEAVES: i64 = 1024;
+/// Leaves that are read, signed, verified and staged together; bounds memory whatever the fleet's size, and how long
+/// anybody else waits for one of the many small commits before the one.
+pub(super) const BATCH_LEAVES: i64 = 256;
+/// Replaced leaves that are written together.
+const SUPERSEDED_LEAVES: i64 = 16384;
 /// How often a run follows a fleet that moves under it before it gives up.
 const CATCH_UP_ROUNDS_MAX: usize = 8;
 /// Leaves that may be prepared again while the commit's lock is held; more go back to *prepare*.
@@ -153,7 +156,7 @@ impl Run<'_> {
         }
         tracing::info!(migration_id = self.id(), "update_keys_ready");
         let fleet = self.fleet(fleet);
-        self.stage_cells(&cells).await?;
+        self.stage_cells(&cells, result.as_ref()).await?;
         crash_point("apply.prepare.part");
         if let Some(fleet) = &fleet {
             self.stage_fleet(fleet, result.as_ref(), total).await?;
@@ -162,7 +165,7 @@ impl Run<'_> {
 
         self.enter(Phase::Verify, 0, total).await?;
         crash_point("apply.verify.part");
-        self.verify_staged().await?;
+        self.verify_staged(total).await?;
         crash_point("apply.verify");
 
         self.enter(Phase::Commit, 0, total).await?;
@@ -262,20 +265,30 @@ impl Run<'_> {
         }
     }
 
+    /// Copies the fleet's column, a page being read while the one before is written.
     async fn snapshot_fleet(&self, column: FleetColumn) -> Result<i64, UpdateError> {
-        let store = &self.updates.pki.store;
         let (mut after, mut total) = (String::new(), 0);
+        let mut images = Vec::new();
         loop {
-            let page = rows::fleet_page(&mut store.read().await?, column, &after, BATCH_LEAVES).await?;
+            let read = async {
+                let mut tx = self.updates.pki.store.read().await?;
+                Ok(rows::fleet_page(&mut tx, column, &after, BATCH_LEAVES).await?)
+            };
+            let (page, ()) = tokio::try_join!(read, self.write_images(&images))?;
             let Some(last) = page.last() else { return Ok(total) };
             after.clone_from(&last.agent_id);
-            let images: Vec<_> =
-                page.iter().map(|cell| rows::fleet_image(&self.run_id, column, cell)).collect();
-            let mut tx = store.write().await?;
-            rows::insert_images(&mut tx, &images).await?;
-            tx.commit_unaudited().await?;
-            total += i64::try_from(images.len()).unwrap_or(i64::MAX);
+            total += i64::try_from(page.len()).unwrap_or(i64::MAX);
+            images = page.iter().map(|cell| rows::fleet_image(&self.run_id, column, cell)).collect();
         }
+    }
+
+    async fn write_images(&self, images: &[Vec<Value>]) -> Result<(), UpdateError> {
+        if images.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.updates.pki.store.write().await?;
+        rows::insert_images(&mut tx, images).await?;
+        Ok(tx.commit_unaudited().await?)
     }
 
     /// Takes over what a predecessor's snapshot says a rollback restores.
@@ -304,9 +317,17 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn stage_cells(&self, cells: &[(Cell, After)]) -> Result<(), UpdateError> {
+    /// Stages the single cells, and what follows every leaf that is to be written.
+    async fn stage_cells(
+        &self,
+        cells: &[(Cell, After)],
+        result: Option<&Expected>,
+    ) -> Result<(), UpdateError> {
         let sealing = self.updates.pki.sealing();
         let mut tx = self.updates.pki.store.write().await?;
+        if let Some(result) = result {
+            rows::set_follows(&mut tx, &self.run_id, &result.mastio_ca.to_pem()).await?;
+        }
         for (cell, after) in cells {
             let after = match after {
                 After::Text(text) => text.clone(),
@@ -317,6 +338,7 @@ impl Run<'_> {
         Ok(tx.commit_unaudited().await?)
     }
 
+    /// Changes the fleet's column batch by batch; one is signed on all cores while the one before is written.
     async fn stage_fleet(
         &self,
         fleet: &Fleet,
@@ -326,15 +348,24 @@ impl Run<'_> {
         // The cells are staged already; the total counts them too.
         let cells = self.migration.scope().cells.len();
         let (mut after, mut done) = (String::new(), i64::try_from(cells).unwrap_or(0));
+        let mut staged: Option<Vec<StagedCell>> = None;
         loop {
             let store = &self.updates.pki.store;
             let mut tx = store.read().await?;
             let page = rows::image_page(&mut tx, fleet.column, &self.run_id, &after, BATCH_LEAVES).await?;
             drop(tx);
-            let Some(last) = page.last() else { return Ok(()) };
-            after.clone_from(&last.agent_id);
-            done += i64::try_from(page.len()).unwrap_or(i64::MAX);
-            self.stage_leaves(page, fleet, result, Some((done, total))).await?;
+            let read = i64::try_from(page.len()).unwrap_or(i64::MAX);
+            let last = page.last().map(|last| last.agent_id.clone());
+            let write = async {
+                match &staged {
+                    Some(staged) => self.write_staged(fleet, result, staged, Some((done, total))).await,
+                    None => Ok(()),
+                }
+            };
+            let (changed, ()) = tokio::try_join!(self.changed(page, fleet, result), write)?;
+            let Some(last) = last else { return Ok(()) };
+            (after, staged) = (last, Some(changed));
+            done += read;
             crash_point("apply.prepare.page");
         }
     }
@@ -344,18 +375,31 @@ impl Run<'_> {
         page: Vec<FleetCell>,
         fleet: &Fleet,
         result: Option<&Expected>,
+    ) -> Result<(), UpdateError> {
+        let staged = self.changed(page, fleet, result).await?;
+        self.write_staged(fleet, result, &staged, None).await
+    }
+
+    async fn changed(
+        &self,
+        page: Vec<FleetCell>,
+        fleet: &Fleet,
+        result: Option<&Expected>,
+    ) -> Result<Vec<StagedCell>, UpdateError> {
+        let entropy = Arc::clone(&self.updates.pki.entropy);
+        change_leaves(page, fleet.clone(), result.cloned(), entropy, self.now()).await
+    }
+
+    async fn write_staged(
+        &self,
+        fleet: &Fleet,
+        result: Option<&Expected>,
+        staged: &[StagedCell],
         progress: Option<(i64, i64)>,
     ) -> Result<(), UpdateError> {
-        let staged = change_leaves(
-            page,
-            fleet.clone(),
-            result.cloned(),
-            Arc::clone(&self.updates.pki.entropy),
-            self.now(),
-        )
-        .await?;
+        let follows = result.map(|result| result.mastio_ca.to_pem());
         let mut tx = self.updates.pki.store.write().await?;
-        rows::stage(&mut tx, fleet.column, &self.run_id, &staged).await?;
+        rows::stage(&mut tx, fleet.column, &self.run_id, staged, follows.as_deref()).await?;
         if let Some((done, total)) = progress {
             self.note(&mut tx, Phase::Prepare, done, total).await?;
         }
@@ -364,16 +408,27 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn verify_staged(&self) -> Result<(), UpdateError> {
-        let mut tx = self.updates.pki.store.read().await?;
-        if let Some(serial) = rows::duplicate_serial(&mut tx, &self.run_id).await? {
+    /// Judges what only all leaves together show, and writes those that they replace, `total` at most.
+    async fn verify_staged(&self, total: i64) -> Result<(), UpdateError> {
+        let store = &self.updates.pki.store;
+        if let Some(serial) = rows::duplicate_serial(&mut store.read().await?, &self.run_id).await? {
             return Err(UpdateError::Verification {
                 what: format!("serial {serial}, which two leaves share"),
                 cause: None,
             });
         }
         if let Some(column) = self.migration.scope().fleet {
-            self.is_whole(rows::staged(&mut tx, column, &self.run_id).await?, column)?;
+            let staged = rows::staged(&mut store.read().await?, column, &self.run_id).await?;
+            self.is_whole(staged, column)?;
+        }
+        if self.migration.scope().fleet != Some(FleetColumn::CertPem) {
+            return Ok(());
+        }
+        for range in FingerprintRange::split(total, SUPERSEDED_LEAVES) {
+            let mut tx = store.write().await?;
+            rows::clear_superseded(&mut tx, &self.run_id, &range).await?;
+            rows::supersede_staged(&mut tx, &self.run_id, &range, self.now()).await?;
+            tx.commit_unaudited().await?;
         }
         Ok(())
     }
@@ -409,9 +464,9 @@ impl Run<'_> {
         tx.commit_unaudited().await?;
         self.tally.staged.fetch_sub(i64::try_from(forgotten).unwrap_or(0), Ordering::SeqCst);
         for page in present.chunks(usize::try_from(BATCH_LEAVES).unwrap_or(1)) {
-            self.stage_leaves(page.to_vec(), fleet, result, None).await?;
+            self.stage_leaves(page.to_vec(), fleet, result).await?;
         }
-        self.verify_staged().await
+        self.verify_staged(rows::count_images(&mut store.read().await?, &self.run_id).await?).await
     }
 
     /// Who has moved since the run saw the fleet, asked outside the lock. Every write to the fleet moves the epoch, so
@@ -423,7 +478,7 @@ impl Run<'_> {
             Some(column) => rows::moved(&mut tx, column, &self.run_id, MOVED_LEAVES_MAX).await?,
             None => Vec::new(),
         };
-        Ok(Seen { epoch, agent_ids })
+        Ok(Seen { epoch, agent_ids, otherwise: false })
     }
 
     /// The same for what a rollback carries back.
@@ -436,7 +491,9 @@ impl Run<'_> {
             }
             None => Vec::new(),
         };
-        Ok(Seen { epoch, agent_ids })
+        let otherwise = self.migration.scope().fleet == Some(FleetColumn::CertPem)
+            && rows::has_same_leaf_otherwise(&mut tx, apply_run).await?;
+        Ok(Seen { epoch, agent_ids, otherwise })
     }
 
     /// The one commit of an apply.
@@ -475,7 +532,7 @@ impl Run<'_> {
             self.write_cell(&mut tx, cell, after).await?;
         }
         let leaves = match column {
-            Some(column) => rows::write_fleet(&mut tx, column, &self.run_id, now).await?,
+            Some(column) => rows::write_fleet(&mut tx, column, &self.run_id).await?,
             None => 0,
         };
         let leaves = i64::try_from(leaves).unwrap_or(i64::MAX);
@@ -689,12 +746,22 @@ impl Run<'_> {
         }
         crash_point("rollback.prepare");
         self.enter(Phase::Commit, 0, 0).await?;
+        let has_restores = rows::has_restores(&mut store.read().await?, &snapshot.run_id).await?;
         let mut outcome = None;
-        for _round in 0..CATCH_UP_ROUNDS_MAX {
+        for round in 1..=CATCH_UP_ROUNDS_MAX {
             let seen = self.moved_since(&snapshot.run_id, carried.as_ref()).await?;
             let mut moved = seen.agent_ids;
             if moved.is_empty() {
-                match self.commit_rollback(seen.epoch, &snapshot.run_id, carried.as_ref(), damaged).await? {
+                self.supersede_restored(&snapshot.run_id).await?;
+                let apply = Applied {
+                    run_id: &snapshot.run_id,
+                    has_restores,
+                    damaged,
+                    seen_epoch: seen.epoch,
+                    otherwise: seen.otherwise,
+                    waits: round < CATCH_UP_ROUNDS_MAX,
+                };
+                match self.commit_rollback(apply, carried.as_ref()).await? {
                     Commit::Done(done) => {
                         outcome = Some(done);
                         break;
@@ -732,6 +799,33 @@ impl Run<'_> {
             // Whoever arises meanwhile counts too.
             self.stage_carried(page, carried, Some((done, total.max(done)))).await?;
         }
+    }
+
+    /// The leaves that this rollback takes from agents stay accepted, those that it carries back too: written before the
+    /// commit, they count from it.
+    async fn supersede_restored(&self, apply_run: &str) -> Result<(), UpdateError> {
+        if self.migration.scope().fleet != Some(FleetColumn::CertPem) {
+            return Ok(());
+        }
+        let store = &self.updates.pki.store;
+        let total = rows::count_images(&mut store.read().await?, apply_run).await?;
+        for range in FingerprintRange::split(total, SUPERSEDED_LEAVES) {
+            let mut tx = store.write().await?;
+            self.supersede_range(&mut tx, apply_run, &range).await?;
+            tx.commit_unaudited().await?;
+        }
+        Ok(())
+    }
+
+    async fn supersede_range(
+        &self,
+        tx: &mut WriteTx,
+        apply_run: &str,
+        range: &FingerprintRange,
+    ) -> Result<(), UpdateError> {
+        rows::clear_superseded(tx, &self.run_id, range).await?;
+        rows::supersede_restored(tx, apply_run, &self.run_id, range, self.now()).await?;
+        Ok(rows::supersede_staged(tx, &self.run_id, range, self.now()).await?)
     }
 
     /// An apply that never committed is undone by forgetting it.
@@ -832,7 +926,7 @@ impl Run<'_> {
             page.iter().map(|cell| rows::fleet_image(&self.run_id, carried.column, cell)).collect();
         rows::insert_images(&mut tx, &images).await?;
         let staged = carry_cells(&page, carried, &self.updates.pki.entropy)?;
-        rows::stage(&mut tx, carried.column, &self.run_id, &staged).await?;
+        rows::stage(&mut tx, carried.column, &self.run_id, &staged, None).await?;
         if let Some((done, total)) = progress {
             self.note(&mut tx, Phase::Prepare, done, total).await?;
         }
@@ -842,27 +936,39 @@ impl Run<'_> {
     /// The one commit of a rollback.
     async fn commit_rollback(
         &self,
-        seen_epoch: i64,
-        apply_run: &str,
+        apply: Applied<'_>,
         carried: Option<&Carried>,
-        damaged: bool,
     ) -> Result<Commit, UpdateError> {
         let pki = &self.updates.pki;
+        let Applied { run_id: apply_run, damaged, mut otherwise, .. } = apply;
         let mut tx = pki.store.write().await?;
         self.is_still_ours(&mut tx).await?;
         let now = self.now();
-        if let Some(Carried { column, .. }) = carried.filter(|_| tx.epoch() != seen_epoch) {
-            let moved =
-                rows::carry_back_moved(&mut tx, *column, apply_run, &self.run_id, MOVED_LEAVES_MAX).await?;
-            if !moved.is_empty() {
-                return Ok(Commit::Moved(moved));
+        let column = self.migration.scope().fleet;
+        if tx.epoch() != apply.seen_epoch && column.is_some() {
+            if let Some(Carried { column, .. }) = carried {
+                let moved =
+                    rows::carry_back_moved(&mut tx, *column, apply_run, &self.run_id, MOVED_LEAVES_MAX)
+                        .await?;
+                if !moved.is_empty() {
+                    return Ok(Commit::Moved(moved));
+                }
+            }
+            if apply.waits {
+                return Ok(Commit::Moved(Vec::new()));
+            }
+            // Somebody writes all the time: what was done before the lock is done again under it.
+            if column == Some(FleetColumn::CertPem) {
+                self.supersede_range(&mut tx, apply_run, &FingerprintRange::all()).await?;
+                otherwise = true;
             }
         }
         let before = pki.authority().org_ca.clone();
-        let (mut restored_leaves, mut carried_leaves) = (0, 0);
-        if let Some(column) = self.migration.scope().fleet {
-            restored_leaves = rows::restore_fleet(&mut tx, column, apply_run, &self.run_id, now).await?;
-            carried_leaves = rows::write_fleet(&mut tx, column, &self.run_id, now).await?;
+        let (mut restored, mut carried_leaves) = (RestoredFleet { cells: 0, without_facts: false }, 0);
+        if let Some(column) = column {
+            restored =
+                rows::restore_fleet(&mut tx, column, apply_run, otherwise, apply.has_restores).await?;
+            carried_leaves = rows::write_fleet(&mut tx, column, &self.run_id).await?;
             if damaged {
                 rows::forget_facts(&mut tx, apply_run).await?;
             }
@@ -910,11 +1016,13 @@ impl Run<'_> {
             )
             .await?;
         }
-        refill_facts(&mut tx, restored_root.as_ref(), pki).await?;
+        if restored.without_facts || damaged {
+            refill_facts(&mut tx, restored_root.as_ref(), pki).await?;
+        }
         rows::drop_snapshot(&mut tx, self.id()).await?;
         self.keep(&mut tx, apply_run, State::RolledBack).await?;
         rows::set_rolled_back(&mut tx, self.id(), now).await?;
-        let leaves = i64::try_from(restored_leaves).unwrap_or(i64::MAX);
+        let leaves = i64::try_from(restored.cells).unwrap_or(i64::MAX);
         rows::set_committed(&mut tx, &self.run_id, false, leaves, now).await?;
         tx.bump_epoch().await?;
         crash_point("rollback.commit.before");
@@ -958,10 +1066,28 @@ pub(super) struct Carried {
     pub carry_back: Arc<dyn CarryBack>,
 }
 
+/// The apply that a rollback undoes.
+#[derive(Clone, Copy)]
+struct Applied<'a> {
+    run_id: &'a str,
+    /// What [`rows::has_restores`] says: the images of a committed run do not change.
+    has_restores: bool,
+    /// Whether its stored state was never found right.
+    damaged: bool,
+    /// As of which epoch everything was prepared.
+    seen_epoch: i64,
+    /// What [`rows::has_same_leaf_otherwise`] said then.
+    otherwise: bool,
+    /// Whether to prepare again rather than do under the lock what another epoch asks for.
+    waits: bool,
+}
+
 /// The agents that have moved, as of an epoch.
 struct Seen {
     epoch: i64,
     agent_ids: Vec<String>,
+    /// What [`rows::has_same_leaf_otherwise`] says, for a rollback.
+    otherwise: bool,
 }
 
 enum Commit {
@@ -1134,31 +1260,40 @@ pub(super) async fn change_leaves(
     entropy: Arc<Entropy>,
     now: UnixTime,
 ) -> Result<Vec<StagedCell>, UpdateError> {
-    tokio::task::spawn_blocking(move || {
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let size = page.len().div_ceil(cores).max(1);
-        let result = result.as_ref();
-        let one = |cells: &[FleetCell]| -> Result<Vec<StagedCell>, UpdateError> {
-            let permit = ExemptPermit::for_run();
-            let mut staged = Vec::with_capacity(cells.len());
-            for cell in cells {
-                let row = fleet_row(cell, fleet.column)?;
-                let Some(after) = fleet.change.change(&row, &permit, &entropy)? else { continue };
-                let after = substituted(&row.agent_id, after)?;
-                verify::row(&row, &after, result, now)?;
-                staged.push(staged_cell(&row, after, result.map(|result| &result.mastio_ca)));
-            }
-            Ok(staged)
-        };
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = page.chunks(size).map(|cells| scope.spawn(|| one(cells))).collect();
-            let mut staged = Vec::with_capacity(page.len());
-            for worker in workers {
-                staged.extend(worker.join().map_err(|_| UpdateError::Stopped)??);
-            }
-            Ok(staged)
-        })
-    })
-    .await
-    .map_err(|_| UpdateError::Stopped)?
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let (leaves, share) = (page.len(), page.len().div_ceil(cores));
+    let result = result.map(Arc::new);
+    let (mut rest, mut workers) = (page.into_iter(), Vec::with_capacity(cores));
+    while rest.len() > 0 {
+        let cells: Vec<FleetCell> = rest.by_ref().take(share).collect();
+        let (fleet, result, entropy) = (fleet.clone(), result.clone(), Arc::clone(&entropy));
+        workers.push(tokio::task::spawn_blocking(move || {
+            change_cells(&cells, &fleet, result.as_deref(), &entropy, now)
+        }));
+    }
+    let mut staged = Vec::with_capacity(leaves);
+    for worker in workers {
+        // A panic in a migration ends its task; the run fails with a clear state.
+        staged.extend(worker.await.map_err(|_| UpdateError::Stopped)??);
+    }
+    Ok(staged)
+}
+
+fn change_cells(
+    cells: &[FleetCell],
+    fleet: &Fleet,
+    result: Option<&Expected>,
+    entropy: &Entropy,
+    now: UnixTime,
+) -> Result<Vec<StagedCell>, UpdateError> {
+    let permit = ExemptPermit::for_run();
+    let mut staged = Vec::with_capacity(cells.len());
+    for cell in cells {
+        let row = fleet_row(cell, fleet.column)?;
+        let Some(after) = fleet.change.change(&row, &permit, entropy)? else { continue };
+        let after = substituted(&row.agent_id, after)?;
+        verify::row(&row, &after, result, now)?;
+        staged.push(staged_cell(&row, after, result.map(|result| &result.mastio_ca)));
+    }
+    Ok(staged)
 }

@@ -1,7 +1,9 @@
 //! Rows of updates: `pending_updates`, runs, images, snapshots.
 //!
 //! `update_images` holds, for every cell in a run's scope, its text as the run saw it (`before`) and the text it
-//! becomes (`after`). It is snapshot and change set in one: a rollback sets back what still reads `after`. `restore`,
+//! becomes (`after`). It is snapshot and change set in one: a rollback sets back what still reads `after`. What follows
+//! every leaf that a run writes, its intermediate, is kept once, in `update_runs.follows`; `follows` says where it belongs
+//! behind `after`. `restore`,
 //! where `restores` says so, is what a rollback sets instead of `before`: a torn run of the predecessor left
 //! its own snapshot. Public columns lie in clear, so that SQL compares and copies them; sealed ones are sealed for
 //! their place in this table.
@@ -529,7 +531,7 @@ pub async fn insert_images(tx: &mut WriteTx, images: &[Vec<Value>]) -> Result<()
         images,
         "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET before = excluded.before, \
          before_digest = excluded.before_digest, restore = excluded.restore, restores = excluded.restores, \
-         after = NULL, changes = 0",
+         after = NULL, follows = 0, changes = 0",
     )
     .await
     .map(drop)
@@ -609,6 +611,8 @@ pub async fn set_cell_after(
 }
 
 /// One statement for each column of the fleet, the same but for `COLUMN` and `IN_SCOPE`, a condition on the row `a`.
+/// `AFTER` is what the image `i` says the cell becomes, `RESTORED` what a rollback sets; `$1` is the run whose image it is.
+/// `SAME_LEAF_OTHERWISE` are the agents whose present leaf is the one that run wrote, in a cell that reads otherwise.
 macro_rules! fleet_sql {
     ($column:expr, $($part:tt)+) => {
         match $column {
@@ -630,6 +634,21 @@ macro_rules! fleet_part {
     };
     (EnrollmentMethod IN_SCOPE) => {
         "a.enrollment_method IN ('admin', 'spiffe')"
+    };
+    ($column:ident AFTER) => {
+        "CASE WHEN i.follows = 1 THEN i.after || (SELECT r.follows FROM update_runs r WHERE r.run_id = $1) ELSE i.after END"
+    };
+    ($column:ident RESTORED) => {
+        "CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END"
+    };
+    (CertPem SAME_LEAF_OTHERWISE) => {
+        concat!(
+            "SELECT c.agent_id FROM update_run_certificates w JOIN agent_certificates c ON c.agent_id = w.agent_id \
+             AND c.fingerprint = w.fingerprint JOIN internal_agents a ON a.agent_id = w.agent_id \
+             JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = w.agent_id \
+             AND i.column_name = 'cert_pem' WHERE w.run_id = $1 AND a.cert_pem IS DISTINCT FROM ",
+            fleet_part!(CertPem AFTER)
+        )
     };
     ($column:ident $text:literal) => {
         $text
@@ -711,17 +730,29 @@ pub struct StagedFacts {
     pub old: CertificateFacts,
 }
 
+/// Keeps what follows every leaf that a run writes, for [`stage`].
+pub async fn set_follows(tx: &mut WriteTx, run_id: &str, follows: &str) -> Result<(), StoreError> {
+    tx.execute("UPDATE update_runs SET follows = $2 WHERE run_id = $1", values![run_id, follows])
+        .await
+        .map(drop)
+}
+
 /// Stages what cells of the fleet become.
+///
+/// `follows`: the text of [`set_follows`], which is not written again with every leaf.
 pub async fn stage(
     tx: &mut WriteTx,
     column: FleetColumn,
     run_id: &str,
     leaves: &[StagedCell],
+    follows: Option<&str>,
 ) -> Result<(), StoreError> {
     let images: Vec<Vec<Value>> = leaves
         .iter()
         .map(|leaf| {
             let facts = leaf.facts.as_ref().map(|facts| &facts.new);
+            let own = follows.and_then(|follows| leaf.text.strip_suffix(follows));
+            let (after, follows) = (own.unwrap_or(&leaf.text), own.is_some());
             let accepted = accepted(run_id, column, &leaf.agent_id, &leaf.text, facts);
             values![
                 run_id,
@@ -729,7 +760,8 @@ pub async fn stage(
                 &leaf.agent_id,
                 column.as_str(),
                 "",
-                &leaf.text,
+                after,
+                follows,
                 1i64,
                 accepted
             ]
@@ -738,12 +770,13 @@ pub async fn stage(
         .collect();
     // The rows are there since the snapshot; the conflict is the rule.
     tx.insert_many(
-        "update_images (run_id, table_name, row_key, column_name, before_digest, after, changes, accepted)",
+        "update_images (run_id, table_name, row_key, column_name, before_digest, after, follows, changes, accepted)",
         &images,
-        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET after = excluded.after, changes = 1, \
-         accepted = excluded.accepted",
+        "ON CONFLICT (run_id, table_name, row_key, column_name) DO UPDATE SET after = excluded.after, \
+         follows = excluded.follows, changes = 1, accepted = excluded.accepted",
     )
     .await?;
+    drop(images);
     let facts: Vec<Vec<Value>> = leaves
         .iter()
         .filter_map(|leaf| {
@@ -768,6 +801,68 @@ pub async fn stage(
     )
     .await
     .map(drop)
+}
+
+/// Writes the leaves of a run that its commit replaces, those whose fingerprint is in `range`, in the order of the index
+/// by which they are found, so that each of its pages is written once. They count from the commit.
+pub async fn supersede_staged(
+    tx: &mut WriteTx,
+    run_id: &str,
+    range: &FingerprintRange,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, serial, \
+         issuer_key_id, not_after) SELECT old_fingerprint, agent_id, spki_sha256, $2, $1, old_serial, \
+         old_issuer_key_id, not_after FROM update_run_certificates WHERE run_id = $1 \
+         AND old_fingerprint <> fingerprint AND old_fingerprint >= $3 AND old_fingerprint < $4 \
+         ORDER BY old_fingerprint ON CONFLICT (fingerprint) DO NOTHING",
+        values![run_id, now.to_rfc3339(), &range.from, &range.until],
+    )
+    .await
+    .map(drop)
+}
+
+/// Removes what counts for nothing from a range of superseded leaves: rows of other runs that never committed, and rows
+/// of this one, which has not yet, about a leaf that is not its agent's present one any more.
+pub async fn clear_superseded(
+    tx: &mut WriteTx,
+    run_id: &str,
+    range: &FingerprintRange,
+) -> Result<(), StoreError> {
+    tx.execute(
+        "DELETE FROM superseded_certificates WHERE fingerprint >= $2 AND fingerprint < $3 \
+         AND superseded_by IN (SELECT r.run_id FROM update_runs r WHERE r.committed_at IS NULL) \
+         AND (superseded_by <> $1 OR NOT EXISTS (SELECT 1 FROM agent_certificates c \
+         WHERE c.agent_id = superseded_certificates.agent_id AND c.fingerprint = superseded_certificates.fingerprint))",
+        values![run_id, &range.from, &range.until],
+    )
+    .await
+    .map(drop)
+}
+
+/// Fingerprints from one, inclusive, until another, exclusive; lowercase hex.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FingerprintRange {
+    from: String,
+    until: String,
+}
+
+impl FingerprintRange {
+    /// Every fingerprint.
+    #[must_use]
+    pub fn all() -> Self {
+        Self { from: String::new(), until: "g".to_owned() }
+    }
+
+    /// Every fingerprint in ranges of about `size` of `total`: they are hashes, and so spread evenly.
+    #[must_use]
+    pub fn split(total: i64, size: i64) -> Vec<Self> {
+        let parts = (total / size.max(1)).clamp(0, 255) + 1;
+        let edge =
+            |part: i64| if part == parts { "g".to_owned() } else { format!("{:02x}", 256 * part / parts) };
+        (0..parts).map(|part| Self { from: edge(part), until: edge(part + 1) }).collect()
+    }
 }
 
 /// A serial that two leaves of a run share, or that a leaf shares with another one of the same issuer.
@@ -849,6 +944,11 @@ pub async fn forget_images(tx: &mut WriteTx, run_id: &str, agent_ids: &[String])
             values![run_id, agent_id],
         )
         .await?;
+        tx.execute(
+            "DELETE FROM superseded_certificates WHERE superseded_by = $1 AND agent_id = $2",
+            values![run_id, agent_id],
+        )
+        .await?;
     }
     Ok(staged)
 }
@@ -876,29 +976,22 @@ async fn end_fleet_write(tx: &mut WriteTx) -> Result<(), StoreError> {
     tx.execute("DELETE FROM deploy_state WHERE key = 'fleet_write'", &[]).await.map(drop)
 }
 
-/// The commit of an apply, fleet part: cells, facts of leaves, and what they replace, one statement each.
-pub async fn write_fleet(
-    tx: &mut WriteTx,
-    column: FleetColumn,
-    run_id: &str,
-    now: UnixTime,
-) -> Result<u64, StoreError> {
-    tx.execute(
-        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, serial, \
-         issuer_key_id, not_after) SELECT old_fingerprint, agent_id, spki_sha256, $2, $1, old_serial, \
-         old_issuer_key_id, not_after FROM update_run_certificates WHERE run_id = $1 \
-         AND old_fingerprint <> fingerprint ON CONFLICT (fingerprint) DO NOTHING",
-        values![run_id, now.to_rfc3339()],
-    )
-    .await?;
+/// The commit of an apply, fleet part: cells and the facts of leaves, one statement each. The leaves that they replace
+/// are there since [`supersede_staged`] and count with the commit.
+///
+/// Everybody who writes waits for this. A subquery hands SQLite each text where it goes; a join would first copy the
+/// fleet into a temporary table.
+pub async fn write_fleet(tx: &mut WriteTx, column: FleetColumn, run_id: &str) -> Result<u64, StoreError> {
     revocation::carry_over(tx, run_id).await?;
     begin_fleet_write(tx).await?;
     let written = tx
         .execute(
             fleet_sql!(column,
-                "UPDATE internal_agents SET " COLUMN " = i.after FROM update_images i WHERE i.run_id = $1 \
-                 AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' AND i.changes = 1 \
-                 AND i.row_key = internal_agents.agent_id"),
+                "UPDATE internal_agents SET " COLUMN " = (SELECT " AFTER " FROM update_images i WHERE i.run_id = $1 \
+                 AND i.table_name = 'internal_agents' AND i.row_key = internal_agents.agent_id \
+                 AND i.column_name = '" COLUMN "') WHERE agent_id IN (SELECT i.row_key FROM update_images i \
+                 WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' \
+                 AND i.changes = 1)"),
             values![run_id],
         )
         .await?;
@@ -952,7 +1045,7 @@ pub async fn written_page(
     limit: i64,
 ) -> Result<Vec<WrittenCell>, StoreError> {
     let sql = fleet_sql!(column,
-        "SELECT i.row_key, i.accepted, CASE WHEN i.accepted IS NULL THEN i.after END, a." COLUMN ", c.fingerprint, \
+        "SELECT i.row_key, i.accepted, CASE WHEN i.accepted IS NULL THEN " AFTER " END, a." COLUMN ", c.fingerprint, \
          c.spki_sha256, c.serial, c.issuer_key_id, c.not_after, c.profile_gaps FROM update_images i \
          LEFT JOIN internal_agents a ON a.agent_id = i.row_key \
          LEFT JOIN agent_certificates c ON c.agent_id = i.row_key \
@@ -1036,10 +1129,12 @@ pub async fn take_damage_as_written(
     run_id: &str,
 ) -> Result<u64, StoreError> {
     let sql = fleet_sql!(column,
-        "UPDATE update_images SET after = a." COLUMN " FROM internal_agents a WHERE update_images.run_id = $1 \
-         AND update_images.table_name = 'internal_agents' AND update_images.column_name = '" COLUMN "' \
-         AND update_images.changes = 1 AND a.agent_id = update_images.row_key \
-         AND a." COLUMN " IS DISTINCT FROM update_images.after AND (update_images.column_name <> 'cert_pem' \
+        "UPDATE update_images SET after = a." COLUMN ", follows = 0 FROM internal_agents a, update_images i \
+         WHERE update_images.run_id = $1 AND update_images.table_name = 'internal_agents' \
+         AND update_images.column_name = '" COLUMN "' AND update_images.changes = 1 \
+         AND a.agent_id = update_images.row_key AND i.run_id = $1 AND i.table_name = 'internal_agents' \
+         AND i.row_key = update_images.row_key AND i.column_name = '" COLUMN "' \
+         AND a." COLUMN " IS DISTINCT FROM " AFTER " AND (update_images.column_name <> 'cert_pem' \
          OR NOT EXISTS (SELECT 1 FROM agent_certificates c WHERE c.agent_id = a.agent_id))");
     tx.execute(sql, values![run_id]).await
 }
@@ -1068,7 +1163,7 @@ pub async fn changed_since_page(
          LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
          LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
          AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id AND i.changes = 1 \
-         WHERE a.agent_id > $2 AND " IN_SCOPE " AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a." COLUMN ") \
+         WHERE a.agent_id > $2 AND " IN_SCOPE " AND (i.row_key IS NULL OR " AFTER " IS DISTINCT FROM a." COLUMN ") \
          ORDER BY a.agent_id LIMIT $3");
     fleet(&tx.rows(sql, values![run_id, after, limit]).await?)
 }
@@ -1086,72 +1181,134 @@ pub async fn carry_back_moved(
          AND i.table_name = 'internal_agents' AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
          AND i.changes = 1 \
          LEFT JOIN update_images b ON b.run_id = $2 AND b.table_name = 'internal_agents' AND b.row_key = a.agent_id \
-         WHERE " IN_SCOPE " AND (i.row_key IS NULL OR i.after IS DISTINCT FROM a." COLUMN ") \
+         WHERE " IN_SCOPE " AND (i.row_key IS NULL OR " AFTER " IS DISTINCT FROM a." COLUMN ") \
          AND b.before IS DISTINCT FROM a." COLUMN " ORDER BY a.agent_id LIMIT $3");
     tx.rows(sql, values![apply_run, rollback_run, limit]).await?.iter().map(|row| row.text(0)).collect()
 }
 
-/// The commit of a rollback, fleet part: what still reads as the apply wrote it is set back, byte for byte.
+/// What a rollback set back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoredFleet {
+    /// Cells of the fleet.
+    pub cells: u64,
+    /// Whether leaves among them have no facts now, which are read from them.
+    pub without_facts: bool,
+}
+
+/// Whether images of a run say what a rollback restores instead of what they saw: it followed a predecessor's torn run.
+pub async fn has_restores(tx: &mut impl Query, run_id: &str) -> Result<bool, StoreError> {
+    let row = tx
+        .row("SELECT 1 FROM update_images WHERE run_id = $1 AND restores = 1 LIMIT 1", values![run_id])
+        .await?;
+    Ok(row.is_some())
+}
+
+/// Writes the leaves that a rollback takes from agents, as [`supersede_staged`] does: they stay accepted from its commit.
+pub async fn supersede_restored(
+    tx: &mut WriteTx,
+    apply_run: &str,
+    rollback_run: &str,
+    range: &FingerprintRange,
+    now: UnixTime,
+) -> Result<(), StoreError> {
+    tx.execute(
+        fleet_sql!(FleetColumn::CertPem,
+            "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, \
+             serial, issuer_key_id, not_after) SELECT c.fingerprint, c.agent_id, c.spki_sha256, $3, $2, c.serial, \
+             c.issuer_key_id, c.not_after FROM agent_certificates c JOIN update_images i \
+             ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
+             AND i.column_name = 'cert_pem' WHERE c.fingerprint >= $4 AND c.fingerprint < $5 \
+             AND NOT EXISTS (SELECT 1 FROM update_run_certificates r WHERE r.run_id = $1 AND r.agent_id = c.agent_id \
+             AND r.old_fingerprint = c.fingerprint) AND " AFTER " IS DISTINCT FROM " RESTORED " \
+             ORDER BY c.fingerprint ON CONFLICT (fingerprint) DO NOTHING"),
+        values![apply_run, rollback_run, now.to_rfc3339(), &range.from, &range.until],
+    )
+    .await
+    .map(drop)
+}
+
+/// Whether somebody's SQL has changed what stands around a leaf that an apply wrote, and left the leaf. A rollback leaves
+/// such a cell alone, and so it must not set back the facts.
+pub async fn has_same_leaf_otherwise(tx: &mut impl Query, apply_run: &str) -> Result<bool, StoreError> {
+    let sql = concat!(fleet_part!(CertPem SAME_LEAF_OTHERWISE), " LIMIT 1");
+    Ok(tx.row(sql, values![apply_run]).await?.is_some())
+}
+
+/// The commit of a rollback, fleet part: what still reads as the apply wrote it is set back, byte for byte, and its
+/// facts with it. The leaves that it gives up are there since [`supersede_restored`].
+///
+/// `otherwise` as [`has_same_leaf_otherwise`] and `has_restores` as [`has_restores`] say.
 pub async fn restore_fleet(
     tx: &mut WriteTx,
     column: FleetColumn,
     apply_run: &str,
-    rollback_run: &str,
-    now: UnixTime,
-) -> Result<u64, StoreError> {
-    // The leaf that a restored row gives up stays accepted, like one that an apply replaced.
-    tx.execute(
-        "INSERT INTO superseded_certificates (fingerprint, agent_id, spki_sha256, superseded_at, superseded_by, serial, \
-         issuer_key_id, not_after) SELECT c.fingerprint, c.agent_id, c.spki_sha256, $2, $3, c.serial, c.issuer_key_id, \
-         c.not_after FROM agent_certificates c JOIN update_images i \
-         ON i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = c.agent_id AND i.changes = 1 \
-         AND i.column_name = 'cert_pem' \
-         WHERE i.after IS DISTINCT FROM CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
-         AND NOT EXISTS (SELECT 1 FROM update_run_certificates r WHERE r.run_id = $1 AND r.agent_id = c.agent_id \
-         AND r.old_fingerprint = c.fingerprint) \
-         ON CONFLICT (fingerprint) DO NOTHING",
-        values![apply_run, now.to_rfc3339(), rollback_run],
-    )
-    .await?;
+    otherwise: bool,
+    has_restores: bool,
+) -> Result<RestoredFleet, StoreError> {
     revocation::carry_back(tx, apply_run).await?;
-    tx.execute(
-        "DELETE FROM update_run_certificates WHERE run_id = $1 AND agent_id NOT IN (\
-         SELECT i.row_key FROM update_images i JOIN internal_agents a ON a.agent_id = i.row_key WHERE i.run_id = $1 \
-         AND i.table_name = 'internal_agents' AND i.changes = 1 AND i.after IS NOT DISTINCT FROM a.cert_pem)",
-        values![apply_run],
-    )
-    .await?;
+    if otherwise && column == FleetColumn::CertPem {
+        // The detector reads them anew.
+        tx.execute(
+            concat!(
+                "DELETE FROM agent_certificates WHERE agent_id IN (",
+                fleet_part!(CertPem SAME_LEAF_OTHERWISE),
+                ")"
+            ),
+            values![apply_run],
+        )
+        .await?;
+    }
     begin_fleet_write(tx).await?;
-    let restored = tx
+    let cells = tx
         .execute(
             fleet_sql!(column,
-                "UPDATE internal_agents SET " COLUMN " = CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END \
-                 FROM update_images i WHERE i.run_id = $1 AND i.table_name = 'internal_agents' \
-                 AND i.column_name = '" COLUMN "' AND i.changes = 1 AND i.row_key = internal_agents.agent_id \
-                 AND internal_agents." COLUMN " IS NOT DISTINCT FROM i.after"),
+                "UPDATE internal_agents SET " COLUMN " = (SELECT " RESTORED " FROM update_images i \
+                 WHERE i.run_id = $1 AND i.table_name = 'internal_agents' \
+                 AND i.row_key = internal_agents.agent_id AND i.column_name = '" COLUMN "') \
+                 WHERE agent_id IN (SELECT i.row_key FROM update_images i JOIN internal_agents a \
+                 ON a.agent_id = i.row_key WHERE i.run_id = $1 AND i.table_name = 'internal_agents' \
+                 AND i.column_name = '" COLUMN "' AND i.changes = 1 AND a." COLUMN " IS NOT DISTINCT FROM " AFTER ")"),
             values![apply_run],
         )
         .await?;
     end_fleet_write(tx).await?;
-    // Of what a predecessor's snapshot gives back nobody knows the facts: they are read from it.
-    tx.execute(
-        "DELETE FROM agent_certificates WHERE agent_id IN (SELECT row_key FROM update_images WHERE run_id = $1 \
-         AND table_name = 'internal_agents' AND column_name = 'cert_pem' AND changes = 1 AND restores = 1)",
-        values![apply_run],
-    )
-    .await?;
-    tx.execute(
-        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
-         profile_gaps) SELECT agent_id, old_fingerprint, spki_sha256, old_serial, old_issuer_key_id, not_after, \
-         old_profile_gaps FROM update_run_certificates r WHERE r.run_id = $1 AND NOT EXISTS (SELECT 1 FROM update_images i \
-         WHERE i.run_id = $1 AND i.table_name = 'internal_agents' AND i.row_key = r.agent_id AND i.restores = 1) \
-         ON CONFLICT (agent_id) DO UPDATE SET \
-         fingerprint = excluded.fingerprint, spki_sha256 = excluded.spki_sha256, serial = excluded.serial, \
-         issuer_key_id = excluded.issuer_key_id, not_after = excluded.not_after, profile_gaps = excluded.profile_gaps",
-        values![apply_run],
-    )
-    .await?;
-    Ok(restored)
+    if column != FleetColumn::CertPem {
+        return Ok(RestoredFleet { cells, without_facts: false });
+    }
+    let known = tx
+        .execute(
+            "UPDATE agent_certificates SET fingerprint = r.old_fingerprint, spki_sha256 = r.spki_sha256, \
+             serial = r.old_serial, issuer_key_id = r.old_issuer_key_id, not_after = r.not_after, \
+             profile_gaps = r.old_profile_gaps FROM update_run_certificates r WHERE r.run_id = $1 \
+             AND r.agent_id = agent_certificates.agent_id AND r.fingerprint = agent_certificates.fingerprint",
+            values![apply_run],
+        )
+        .await?;
+    if known != cells {
+        // Facts that somebody has taken away or changed beside a leaf that is set back.
+        tx.execute(
+            "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+             profile_gaps) SELECT r.agent_id, r.old_fingerprint, r.spki_sha256, r.old_serial, r.old_issuer_key_id, \
+             r.not_after, r.old_profile_gaps FROM update_run_certificates r JOIN update_images i ON i.run_id = $1 \
+             AND i.table_name = 'internal_agents' AND i.row_key = r.agent_id AND i.column_name = 'cert_pem' \
+             JOIN internal_agents a ON a.agent_id = r.agent_id AND a.cert_pem = i.before WHERE r.run_id = $1 \
+             ON CONFLICT (agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, \
+             spki_sha256 = excluded.spki_sha256, serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, \
+             not_after = excluded.not_after, profile_gaps = excluded.profile_gaps",
+            values![apply_run],
+        )
+        .await?;
+    }
+    if has_restores {
+        // Of what a predecessor's snapshot gives back nobody knows the facts: they are read from it.
+        tx.execute(
+            "DELETE FROM agent_certificates WHERE agent_id IN (SELECT row_key FROM update_images WHERE run_id = $1 \
+             AND table_name = 'internal_agents' AND column_name = 'cert_pem' AND changes = 1 AND restores = 1)",
+            values![apply_run],
+        )
+        .await?;
+    }
+    Ok(RestoredFleet { cells, without_facts: has_restores || known != cells })
 }
 
 /// Agents whose certificate has no facts beside it, a page at a time.
@@ -1257,8 +1414,7 @@ pub async fn rollback_page(
 ) -> Result<Vec<RollbackCell>, StoreError> {
     // What the apply wrote may have left the scope by that: an enrollment tag does.
     let sql = fleet_sql!(column,
-        "SELECT a.agent_id, COALESCE(a." COLUMN ", ''), c.issuer_key_id, i.changes, i.after, \
-         CASE WHEN i.restores = 1 THEN i.restore ELSE i.before END FROM internal_agents a \
+        "SELECT a.agent_id, COALESCE(a." COLUMN ", ''), c.issuer_key_id, i.changes, " AFTER ", " RESTORED " FROM internal_agents a \
          LEFT JOIN agent_certificates c ON c.agent_id = a.agent_id \
          LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
          AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
@@ -1288,6 +1444,12 @@ pub async fn snapshots_taken(tx: &mut impl Query) -> Result<Vec<(String, String)
         .iter()
         .map(|row| Ok((row.text(0)?, row.text(1)?)))
         .collect()
+}
+
+/// How many images a run has.
+pub async fn count_images(tx: &mut impl Query, run_id: &str) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT COUNT(*) FROM update_images WHERE run_id = $1", values![run_id]).await?;
+    row.ok_or(StoreError::HeadMissing)?.integer(0)
 }
 
 /// A run whose change is committed and whose stored state has not passed verification.
@@ -1416,7 +1578,7 @@ pub async fn rollback_counts(
     let sql = fleet_sql!(column,
         "SELECT CAST(COALESCE(SUM(set_back), 0) AS BIGINT), CAST(COUNT(*) - COALESCE(SUM(set_back), 0) AS BIGINT) \
          FROM (SELECT CASE WHEN i.row_key IS NOT NULL AND ($2 = 1 OR (i.changes = 1 \
-         AND i.after IS NOT DISTINCT FROM a." COLUMN ")) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
+         AND " AFTER " IS NOT DISTINCT FROM a." COLUMN ")) THEN 1 ELSE 0 END AS set_back FROM internal_agents a \
          LEFT JOIN update_images i ON i.run_id = $1 AND i.table_name = 'internal_agents' \
          AND i.column_name = '" COLUMN "' AND i.row_key = a.agent_id \
          WHERE i.changes = 1 OR (" IN_SCOPE ")) cells");

@@ -65,7 +65,7 @@ macro_rules! of_run {
 }
 
 /// What SQL does to the staged result, and what the gate says.
-const STAGED: [(&str, &str, &str); 13] = [
+const STAGED: [(&str, &str, &str); 15] = [
     (
         "two leaves share a serial",
         "UPDATE update_run_certificates SET serial = (SELECT MAX(serial) FROM update_run_certificates \
@@ -101,9 +101,19 @@ const STAGED: [(&str, &str, &str); 13] = [
         "agents' cert_pem",
     ),
     (
-        "the intermediate behind the leaf is cut off",
-        concat!("UPDATE update_images SET after = substr(after, 1, 600) WHERE ", image!("acme::agent-0002")),
+        "the leaf is cut off",
+        concat!("UPDATE update_images SET after = substr(after, 1, 300) WHERE ", image!("acme::agent-0002")),
         "agents' cert_pem",
+    ),
+    (
+        "the intermediate behind a leaf is missing",
+        concat!("UPDATE update_images SET follows = 0 WHERE ", image!("acme::agent-0002")),
+        "1 agents' cert_pem, acme::agent-0002 the first",
+    ),
+    (
+        "the intermediate behind every leaf is missing",
+        "UPDATE update_runs SET follows = '' WHERE finished_at IS NULL",
+        "4 agents' cert_pem",
     ),
     (
         "the facts have another end",

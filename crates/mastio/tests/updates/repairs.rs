@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::rows::{KEY_IDENTIFIERS, LEAF_PROFILE, REISSUE, TAGS, apply, listed, reshaped, roll_back};
-use crate::server::{Deploy, MIGRATION, Server, legacy, run};
+use crate::server::{Deploy, MIGRATION, On, Server, legacy, run};
 use crate::state::{PkiState, certificate, text};
 
 /// What an agent gets that asks for a token with the files it has held all along, pinning `ca`.
@@ -247,6 +247,53 @@ fn leaves_get_the_full_profile_and_agents_go_on_with_the_ones_they_hold() {
     assert_eq!(restored, before);
     for agent in before.agents.keys() {
         assert_eq!(mints(&server, &ca, "v01_healthy_pathlen1", agent), Ok(()), "{agent}");
+    }
+}
+
+#[test]
+fn a_replaced_leaf_counts_from_the_commit_of_the_run_that_replaced_it() {
+    let deploy = Deploy::of("v01_healthy_pathlen1");
+    let server = deploy.start();
+    let ca = server.ca();
+    let agent = PkiState::read(&deploy).agents.keys().nth(1).unwrap().clone();
+    assert_eq!(apply(&server, LEAF_PROFILE).status, 200);
+    assert_eq!(mints(&server, &ca, "v01_healthy_pathlen1", &agent), Ok(()));
+    // As if the run had died between writing the replaced leaves and its commit. The second statement moves the epoch.
+    deploy.execute("UPDATE update_runs SET committed_at = NULL");
+    deploy.execute("UPDATE internal_agents SET display_name = display_name");
+    let refused = mints(&server, &ca, "v01_healthy_pathlen1", &agent).unwrap_err();
+    assert!(refused.starts_with("401 "), "{refused}");
+}
+
+#[test]
+fn facts_of_leaves_that_sql_has_touched_fit_the_rows_after_a_rollback() {
+    for on in [On::Sqlite, On::Postgres] {
+        let deploy = Deploy::of("v01_healthy_pathlen1").on(on);
+        let server = deploy.start();
+        let before = PkiState::read(&deploy);
+        assert_eq!(apply(&server, LEAF_PROFILE).status, 200);
+        server.stop();
+        let mut agents = before.agents.keys();
+        let (around, forgotten) = (agents.next().unwrap(), agents.next().unwrap());
+        // The same leaf in a row that reads otherwise: its facts are read anew at the boot.
+        let sql = format!("UPDATE internal_agents SET cert_pem = cert_pem || ' ' WHERE agent_id = '{around}'");
+        deploy.execute(&sql);
+        let server = deploy.start();
+        let touched = PkiState::read(&deploy).leaves[around].clone();
+        deploy.execute(&format!("DELETE FROM agent_certificates WHERE agent_id = '{forgotten}'"));
+        assert_eq!(roll_back(&server, LEAF_PROFILE).status, 200);
+        server.stop();
+        let server = deploy.start();
+        let after = PkiState::read(&deploy);
+        assert_eq!(after.leaves[around], touched, "what changed since is left alone");
+        assert_eq!(after.leaves[forgotten], before.leaves[forgotten]);
+        let facts = deploy.rows("SELECT agent_id, fingerprint FROM agent_certificates ORDER BY agent_id");
+        assert_eq!(facts.len(), before.leaves.len());
+        for row in facts {
+            let leaf = &after.leaves[&text(&row, "agent_id")];
+            assert_eq!(text(&row, "fingerprint"), certificate(leaf).fingerprint(), "{row}");
+        }
+        server.stop();
     }
 }
 

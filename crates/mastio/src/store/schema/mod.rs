@@ -24,6 +24,7 @@ mod s0017_dashboard_lists;
 mod s0018_mcp_policies;
 mod s0019_mcp_callers;
 mod s0020_mcp_evidence;
+mod s0021_lean_images;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -67,6 +68,7 @@ pub const STEPS: &[Step] = &[
     s0018_mcp_policies::STEP,
     s0019_mcp_callers::STEP,
     s0020_mcp_evidence::STEP,
+    s0021_lean_images::STEP,
     // The next step goes here.
 ];
 

@@ -33,8 +33,8 @@ pub async fn read_images(tx: &mut impl Query, run_id: &str) -> Result<Images, St
     loop {
         let page = tx
             .rows(
-                "SELECT table_name, row_key, column_name, sealed, before, before_digest, restores, restore, changes, after \
-                 FROM update_images WHERE run_id = $1 AND (table_name, row_key) > ($2, $3) \
+                "SELECT table_name, row_key, column_name, sealed, before, before_digest, restores, restore, changes, after, \
+                 follows FROM update_images WHERE run_id = $1 AND (table_name, row_key) > ($2, $3) \
                  ORDER BY table_name, row_key LIMIT 512",
                 values![run_id, &table, &key],
             )
@@ -47,7 +47,11 @@ pub async fn read_images(tx: &mut impl Query, run_id: &str) -> Result<Images, St
                 part(Some(&row.text(index)?));
             }
             part(Some(if row.truth(6)? { "restores" } else { "" }));
-            part(Some(if row.truth(8)? { "changes" } else { "" }));
+            part(Some(match (row.truth(8)?, row.truth(10)?) {
+                (true, true) => "changes, and the intermediate follows",
+                (true, false) => "changes",
+                (false, _) => "",
+            }));
             let texts = [row.optional_text(4)?, row.optional_text(7)?, row.optional_text(9)?];
             bytes += texts.iter().flatten().map(String::len).sum::<usize>();
             if row.truth(3)? {
@@ -60,6 +64,10 @@ pub async fn read_images(tx: &mut impl Query, run_id: &str) -> Result<Images, St
             part(restore.as_deref());
             part(after.as_deref());
         }
+    }
+    let row = tx.row("SELECT follows FROM update_runs WHERE run_id = $1", values![run_id]).await?;
+    if let Some(follows) = row.map(|row| row.optional_text(0)).transpose()?.flatten() {
+        part(Some(&follows));
     }
     let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
     Ok(Images { rows, bytes, digest: hex(context.finish().as_ref()), damaged_at })
