@@ -13,12 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use axum::extract::DefaultBodyLimit;
-use axum::middleware;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
 use axum::{Extension, Router};
 use mastio_core::error::Kind;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::clock::{Clock, SystemClock};
@@ -50,7 +51,7 @@ use crate::store::ephemeral;
 use crate::store::group::Journal;
 use crate::store::refusals::Refusals;
 use crate::store::{DatabaseUrl, Store, StoreError, schema};
-use crate::tokens::http::ProofLayer;
+use crate::tokens::http::Proofs;
 use crate::tokens::{self, DpopNonces, Tokens};
 use crate::updates::{self, UpdateError, Updates};
 
@@ -386,8 +387,6 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
     let journal = journal.with_claims(claims.clone());
     let refusals = Refusals::new(journal.clone());
     let agents = Arc::new(Agents::new(Arc::clone(&pki), RateLimit::per_minute(config.rate_limit_per_minute)));
-    let by_address = limits::per_minute(config.address_rate_limit_per_minute);
-    let all_together = Arc::new(RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)));
     let nonces = Arc::new(DpopNonces::open(&pki).await?);
     let tokens = Arc::new(Tokens::new(Arc::clone(&agents), journal.clone(), nonces, config.dpop_nonce));
     let hosts = names.dns.iter().cloned().chain(names.ips.iter().map(IpAddr::to_string)).collect();
@@ -414,7 +413,7 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         stopping: Arc::clone(&stopping),
     };
     let secret = AdminSecret::new(config.admin_secret.clone());
-    let proofs = ProofLayer {
+    let proofs = Proofs {
         tokens: Arc::clone(&tokens),
         urls: urls.clone(),
         egress: config.egress_dpop,
@@ -432,6 +431,14 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         settings,
         sso.map(|sso| (sso, urls.clone())),
     ));
+    let entrance = Arc::new(Entrance {
+        room: limits::room(),
+        all_together: RateLimit::per_second(config.global_rate_limit_rps.unwrap_or(0)),
+        by_address: limits::per_minute(config.address_rate_limit_per_minute),
+        dashboard: Arc::clone(&dashboard),
+        operators: Arc::clone(&operators),
+        proofs,
+    });
     let router = Router::new()
         .merge(health::routes(health))
         .merge(crate::openapi::routes())
@@ -444,15 +451,8 @@ pub async fn start(resolved: Resolved) -> Result<Running, AppError> {
         .merge(operators::http::routes(Arc::clone(&operators)))
         .merge(dashboard::http::routes(Arc::clone(&dashboard)))
         .fallback(|| async { ApiError::new(Kind::NotFound, "Not Found") })
-        .layer(middleware::from_fn_with_state(proofs.clone(), tokens::http::prove_persistent_key))
-        .layer(middleware::from_fn_with_state(proofs, tokens::http::offer_nonce))
-        // Whoever a session stands for must be known before the guard asks: what is added later runs earlier.
-        .layer(middleware::from_fn_with_state(operators, operators::http::guard))
-        .layer(middleware::from_fn_with_state(dashboard, dashboard::http::attach_session))
-        .layer(middleware::from_fn_with_state(by_address, limits::by_address))
-        .layer(middleware::from_fn_with_state(all_together, limits::shed))
+        .layer(middleware::from_fn_with_state(entrance, enter))
         .layer(middleware::from_fn_with_state(Overload::new(Instant::now()), overload::shed))
-        .layer(middleware::from_fn_with_state(limits::room(), limits::bounded))
         .layer(middleware::from_fn_with_state(Arc::clone(&metrics), metrics::observe))
         .layer(middleware::from_fn(envelope))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -537,6 +537,45 @@ pub(crate) async fn gateway_routes(
         quotas: limits::Quotas::default(),
     };
     Ok(gateway::routes(gateway).layer(Extension(admin)).layer(Extension(context)))
+}
+
+/// What stands before every route.
+struct Entrance {
+    room: Semaphore,
+    all_together: RateLimit,
+    by_address: Arc<RateLimit>,
+    dashboard: Arc<Dashboard>,
+    operators: Arc<Operators>,
+    proofs: Proofs,
+}
+
+/// Lets a request in, or says why not. One layer for all of it: each layer of axum's copies those below it for every
+/// request.
+async fn enter(
+    State(entrance): State<Arc<Entrance>>,
+    context: Context,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, Response> {
+    let refused = ApiError::into_response;
+    let _held = limits::enter(&entrance.room).map_err(refused)?;
+    limits::shed(&entrance.all_together, &context, request.uri().path()).map_err(refused)?;
+    limits::by_address(&entrance.by_address, &context, request.uri().path()).map_err(refused)?;
+    // Whoever a session stands for must be known before the guard asks.
+    dashboard::http::attach_session(&entrance.dashboard, &mut request).await.map_err(refused)?;
+    operators::http::guard(&entrance.operators, &mut request).await?;
+    let nonce = entrance.proofs.nonce(&context, request.uri().path());
+    // Its parts can be lent while we wait; the whole cannot, because of its body.
+    let (headers, method, path) = (request.headers(), request.method(), request.uri().path());
+    let proven = entrance.proofs.prove_persistent_key(&context, headers, method, path).await;
+    let mut response = match proven {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    };
+    if let Some(nonce) = nonce {
+        response.headers_mut().insert("dpop-nonce", nonce);
+    }
+    Ok(response)
 }
 
 /// Writes the refusals that were only counted, when their minute is over.

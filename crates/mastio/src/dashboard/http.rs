@@ -106,11 +106,7 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
 }
 
 /// Puts the session that a request's cookie proves into its extensions, for these pages and for the admin API.
-pub async fn attach_session(
-    State(dashboard): State<Arc<Dashboard>>,
-    mut request: Request,
-    next: Next,
-) -> Response {
+pub async fn attach_session(dashboard: &Dashboard, request: &mut Request) -> Result<(), ApiError> {
     let path = request.uri().path();
     let wanted = (path == HOME || path.starts_with("/proxy/") || path.starts_with("/v1/admin/"))
         && !path.starts_with("/proxy/assets/");
@@ -123,10 +119,10 @@ pub async fn attach_session(
         match found {
             Ok(Some(session)) => drop(request.extensions_mut().insert(session)),
             Ok(None) => {}
-            Err(error) => return ApiError::from(error).into_response(),
+            Err(error) => return Err(ApiError::from(error)),
         }
     }
-    next.run(request).await
+    Ok(())
 }
 
 fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {

@@ -86,6 +86,13 @@ pub struct ProvenAgent {
     pub epoch: i64,
 }
 
+impl ProvenAgent {
+    /// Whether the certificate is the agent's present one, not one that a grace covers or that was superseded.
+    fn is_present(&self) -> bool {
+        self.agent.leaf.as_ref().is_some_and(|leaf| leaf.der() == self.certificate.der())
+    }
+}
+
 /// The agents of this deploy.
 pub struct Agents {
     pki: Arc<Pki>,
@@ -153,10 +160,7 @@ impl Agents {
     async fn prove(&self, der: Option<&Arc<[u8]>>, now: UnixTime) -> Result<Arc<ProvenAgent>, IdentityError> {
         let der = der.ok_or(IdentityError::Missing)?;
         let authority = self.pki.current().await?;
-        if let Some(proven) = self.by_certificate.get(der).await
-            && proven.epoch == authority.epoch
-            && still_valid(&proven, now)
-        {
+        if let Some(proven) = self.known(der, &authority, now).await {
             return Ok(proven);
         }
         let certificate = Certificate::from_der(der).map_err(|_| IdentityError::Malformed)?;
@@ -176,23 +180,30 @@ impl Agents {
         now: UnixTime,
     ) -> Result<ProvenAgent, IdentityError> {
         let authority = self.pki.current().await?;
-        let agent = self.registered(leaf, Some(subject), now).await?;
         let key: Arc<[u8]> = Arc::from(leaf.der());
-        // The path of a certificate that a connection has proved at this epoch is known to be good.
-        let known = self
-            .by_certificate
-            .get(&key)
-            .await
-            .is_some_and(|proven| proven.epoch == authority.epoch && still_valid(&proven, now));
-        if !known {
-            self.validate(&authority, &agent, leaf, presented, now).await?;
-            let proven =
-                ProvenAgent { agent: Arc::clone(&agent), certificate: leaf.clone(), epoch: authority.epoch };
-            self.by_certificate.insert(key, Arc::new(proven)).await;
-        }
-        let proven = ProvenAgent { agent, certificate: leaf.clone(), epoch: authority.epoch };
+        let proven = match self.known(&key, &authority, now).await {
+            Some(proven) if proven.agent.agent_id == subject => proven,
+            _ => {
+                let agent = self.registered(leaf, Some(subject), now).await?;
+                self.validate(&authority, &agent, leaf, presented, now).await?;
+                let proven =
+                    Arc::new(ProvenAgent { agent, certificate: leaf.clone(), epoch: authority.epoch });
+                self.by_certificate.insert(key, Arc::clone(&proven)).await;
+                proven
+            }
+        };
         self.sight(&proven, now);
-        Ok(proven)
+        Ok(ProvenAgent::clone(&proven))
+    }
+
+    /// The agent of a certificate that was judged at this epoch. What time alone changes is judged again: the
+    /// certificate's own end here, and the end of a grace by who asks, for whom nothing is known then.
+    async fn known(&self, der: &Arc<[u8]>, authority: &Authority, now: UnixTime) -> Option<Arc<ProvenAgent>> {
+        let proven = self.by_certificate.get(der).await?;
+        let good = proven.epoch == authority.epoch
+            && still_valid(&proven, now)
+            && (proven.agent.previous_until.is_none() || proven.is_present());
+        good.then_some(proven)
     }
 
     /// While an Org CA retires, operators want to know who presents which certificate.

@@ -378,6 +378,15 @@ fn client(allowlist: &[&str]) -> Upstream {
     Upstream::new(&allowlist, secrets).unwrap()
 }
 
+async fn guarded(
+    State(operators): State<Arc<Operators>>,
+    mut request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Result<Response, Response> {
+    crate::operators::http::guard(&operators, &mut request).await?;
+    Ok(next.run(request).await)
+}
+
 fn router(gateway: &Arc<Gateway>) -> Router {
     let context = Context {
         request_id: "01JZREQUEST".to_owned(),
@@ -390,7 +399,7 @@ fn router(gateway: &Arc<Gateway>) -> Router {
     let shared = AdminSecret::new("s3cret".to_owned());
     let operators = Operators::new(gateway.store.clone(), Arc::clone(&gateway.entropy), shared);
     routes(Arc::clone(gateway))
-        .layer(axum::middleware::from_fn_with_state(Arc::new(operators), crate::operators::http::guard))
+        .layer(axum::middleware::from_fn_with_state(Arc::new(operators), guarded))
         .layer(Extension(context))
 }
 

@@ -16,7 +16,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use mastio_core::error::Kind;
 use mastio_core::time::UnixMicros;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::context::Context;
 use super::error::ApiError;
@@ -172,20 +172,17 @@ pub async fn per_source(
 }
 
 /// The same over all routes but those that tell how the server fares. Its allowance is counted beside a route's own.
-pub async fn by_address(
-    State(limit): State<Arc<RateLimit>>,
-    context: Context,
-    request: Request,
-    next: Next,
-) -> Response {
-    if tells_how_it_fares(request.uri().path()) || limit.admit_told(&source_key(context.source), &context) {
-        return next.run(request).await;
+pub fn by_address(limit: &RateLimit, context: &Context, path: &str) -> Result<(), ApiError> {
+    if tells_how_it_fares(path)
+        || limit.requests == 0
+        || limit.admit_told(&source_key(context.source), context)
+    {
+        return Ok(());
     }
-    ApiError::new(
+    Err(ApiError::new(
         Kind::Limited,
         "too many requests from this address: wait, or raise MCP_PROXY_ADDRESS_RATE_LIMIT_PER_MINUTE",
-    )
-    .into_response()
+    ))
 }
 
 fn tells_how_it_fares(path: &str) -> bool {
@@ -211,15 +208,12 @@ pub fn source_key(source: IpAddr) -> String {
 }
 
 /// Sheds requests over the whole server's rate, except those that tell how it fares.
-pub async fn shed(State(limit): State<Arc<RateLimit>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
+pub fn shed(limit: &RateLimit, context: &Context, path: &str) -> Result<(), ApiError> {
     let exempt = tells_how_it_fares(path) || path.starts_with("/.well-known/");
-    let now = request.extensions().get::<Context>().map(|context| context.now);
-    if !exempt && now.is_some_and(|now| !limit.admit("", now)) {
-        return ApiError::new(Kind::Unavailable, "the server's request rate is exceeded: try again")
-            .into_response();
+    if exempt || limit.admit("", context.now) {
+        return Ok(());
     }
-    next.run(request).await
+    Err(ApiError::new(Kind::Unavailable, "the server's request rate is exceeded: try again"))
 }
 
 /// Requests that are served at once. One more is told to come again, instead of waiting in a queue without end.
@@ -227,16 +221,14 @@ const REQUESTS_MAX: usize = 2048;
 
 /// Room for the requests that are served at once.
 #[must_use]
-pub fn room() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(REQUESTS_MAX))
+pub fn room() -> Semaphore {
+    Semaphore::new(REQUESTS_MAX)
 }
 
-/// Refuses a request over [`REQUESTS_MAX`] at once: 503 with `Retry-After`.
-pub async fn bounded(State(room): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
-    match room.try_acquire() {
-        Ok(_held) => next.run(request).await,
-        Err(_) => ApiError::new(Kind::Unavailable, "overloaded: try again").into_response(),
-    }
+/// Takes a place in the room, held until it is dropped; refuses a request over [`REQUESTS_MAX`] at once: 503 with
+/// `Retry-After`.
+pub fn enter(room: &Semaphore) -> Result<SemaphorePermit<'_>, ApiError> {
+    room.try_acquire().map_err(|_| ApiError::new(Kind::Unavailable, "overloaded: try again"))
 }
 
 #[cfg(test)]

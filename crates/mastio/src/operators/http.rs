@@ -6,7 +6,6 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, StatusCode};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, post};
 use mastio_core::time::UnixTime;
@@ -42,19 +41,19 @@ pub struct Insufficient {
 
 /// Holds a request to [`access::TABLE`], and puts the [`AdminCaller`] into its extensions. Where the table lets nobody
 /// in, no handler is reached.
-pub async fn guard(State(operators): State<Arc<Operators>>, mut request: Request, next: Next) -> Response {
+pub async fn guard(operators: &Operators, request: &mut Request) -> Result<(), Response> {
     let Some(path) = request.extensions().get::<MatchedPath>().cloned() else {
         // No such route: there is nothing to guard.
-        return next.run(request).await;
+        return Ok(());
     };
     if !access::governs(path.as_str()) {
-        return next.run(request).await;
+        return Ok(());
     }
     let Some(access) = access::of(request.method(), path.as_str()) else {
-        return match access::knows(path.as_str()) {
+        return Err(match access::knows(path.as_str()) {
             true => StatusCode::METHOD_NOT_ALLOWED.into_response(),
             false => ApiError::from(OperatorError::Unlisted).into_response(),
-        };
+        });
     };
     match access {
         Access::Anyone => {}
@@ -70,12 +69,12 @@ pub async fn guard(State(operators): State<Arc<Operators>>, mut request: Request
                 }
             }
         }
-        Access::Api(required) => match admit(&operators, presented(&request), required).await {
+        Access::Api(required) => match admit(operators, presented(request), required).await {
             Ok(caller) => drop(request.extensions_mut().insert(caller)),
-            Err(error) => return ApiError::from(error).into_response(),
+            Err(error) => return Err(ApiError::from(error).into_response()),
         },
     }
-    next.run(request).await
+    Ok(())
 }
 
 /// What a request presents.

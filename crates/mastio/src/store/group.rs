@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mastio_core::audit::event::Event;
 use mastio_core::time::UnixTime;
@@ -25,6 +25,10 @@ const QUEUE_REQUESTS_MAX: usize = 4096;
 const GROUP_REQUESTS_MAX: usize = 256;
 /// Pause between two commits on SQLite, so that an operator's `sqlite3`, which does not wait, gets in.
 const SQLITE_PAUSE: Duration = Duration::from_micros(500);
+/// The longest pause. Where many wait, more of them share the next commit the longer it is.
+const SQLITE_PAUSE_MAX: Duration = Duration::from_millis(3);
+/// Requests in one commit from which on many wait.
+const MANY_REQUESTS: usize = 4;
 
 /// An identifier that may be used once.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -163,6 +167,7 @@ async fn run(store: Store, on_failure: OnFailure, mut receiver: mpsc::Receiver<(
     let mut group = Vec::with_capacity(GROUP_REQUESTS_MAX);
     while receiver.recv_many(&mut group, GROUP_REQUESTS_MAX).await > 0 {
         let (requests, replies): (Vec<_>, Vec<_>) = group.drain(..).unzip();
+        let (began, many) = (Instant::now(), requests.len() >= MANY_REQUESTS);
         match commit(&store, requests).await {
             Ok(outcomes) => {
                 for (reply, outcome) in replies.into_iter().zip(outcomes) {
@@ -179,36 +184,20 @@ async fn run(store: Store, on_failure: OnFailure, mut receiver: mpsc::Receiver<(
             }
         }
         if store.sqlite_path().is_some() {
-            tokio::time::sleep(SQLITE_PAUSE).await;
+            // As long as the commit took: half of the time belongs to others, and what arrives meanwhile shares the next.
+            let pause = if many { began.elapsed().clamp(SQLITE_PAUSE, SQLITE_PAUSE_MAX) } else { SQLITE_PAUSE };
+            tokio::time::sleep(pause).await;
         }
     }
 }
 
 async fn commit(store: &Store, requests: Vec<Append>) -> Result<Vec<Result<i64, AppendError>>, StoreError> {
-    let mut tx = store.write().await?;
-    let stale = |append: &Append| append.epoch.is_some_and(|epoch| epoch != tx.epoch());
-    let mut outcomes: Vec<Result<i64, AppendError>> =
-        requests.iter().map(|append| if stale(append) { Err(AppendError::Stale) } else { Ok(0) }).collect();
-
-    refuse_revoked(&mut tx, &requests, &mut outcomes).await?;
-    // Two requests of one group may carry the same identifier: the first in line has it.
-    let mut seen = HashSet::new();
-    for (append, outcome) in requests.iter().zip(&mut outcomes) {
-        if outcome.is_ok() && append.one_use.iter().any(|one_use| seen.contains(&one_use.id)) {
-            *outcome = Err(AppendError::Replayed);
-        } else if outcome.is_ok() {
-            seen.extend(append.one_use.iter().map(|one_use| one_use.id.clone()));
-        }
-    }
-    let burnt = burn(&mut tx, requests.iter().zip(&outcomes)).await?;
-    for (append, outcome) in requests.iter().zip(&mut outcomes) {
-        if outcome.is_ok() && append.one_use.iter().any(|one_use| !burnt.contains(&one_use.id)) {
-            *outcome = Err(AppendError::Replayed);
-            // The refused request leaves no trace: what it did burn is whole again.
-            for one_use in append.one_use.iter().filter(|one_use| burnt.contains(&one_use.id)) {
-                tx.execute("DELETE FROM used_jwt_ids WHERE jwt_id = $1", crate::values![&one_use.id]).await?;
-            }
-        }
+    let (mut tx, mut outcomes) = judge(store, &requests).await?;
+    if !burn(&mut tx, &requests, &outcomes).await? {
+        // Somebody comes again: once more from the beginning, asking of each identifier whether it is new.
+        drop(tx);
+        (tx, outcomes) = judge(store, &requests).await?;
+        burn_one_by_one(&mut tx, &requests, &mut outcomes).await?;
     }
     let kept = requests.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
     let kept: Vec<Vec<Value>> = kept.flat_map(|(append, _)| &append.kept).map(kept_row).collect();
@@ -248,6 +237,28 @@ fn kept_row(kept: &Kept) -> Vec<Value> {
     ]
 }
 
+/// Takes the lock and refuses what is stale, revoked, or comes twice in this group.
+async fn judge(
+    store: &Store,
+    requests: &[Append],
+) -> Result<(super::WriteTx, Vec<Result<i64, AppendError>>), StoreError> {
+    let mut tx = store.write().await?;
+    let stale = |append: &Append| append.epoch.is_some_and(|epoch| epoch != tx.epoch());
+    let mut outcomes: Vec<Result<i64, AppendError>> =
+        requests.iter().map(|append| if stale(append) { Err(AppendError::Stale) } else { Ok(0) }).collect();
+    refuse_revoked(&mut tx, requests, &mut outcomes).await?;
+    // Two requests of one group may carry the same identifier: the first in line has it.
+    let mut seen = HashSet::new();
+    for (append, outcome) in requests.iter().zip(&mut outcomes) {
+        if outcome.is_ok() && append.one_use.iter().any(|one_use| seen.contains(one_use.id.as_str())) {
+            *outcome = Err(AppendError::Replayed);
+        } else if outcome.is_ok() {
+            seen.extend(append.one_use.iter().map(|one_use| one_use.id.as_str()));
+        }
+    }
+    Ok((tx, outcomes))
+}
+
 /// Refuses the requests whose access token is revoked. Asked in the transaction that records them, so that a revocation
 /// bites on the next request of every replica.
 async fn refuse_revoked(
@@ -272,22 +283,49 @@ async fn refuse_revoked(
     Ok(())
 }
 
-/// Writes the identifiers that are new and tells which.
-async fn burn<'a>(
-    tx: &mut super::WriteTx,
-    requests: impl Iterator<Item = (&'a Append, &'a Result<i64, AppendError>)>,
-) -> Result<HashSet<String>, StoreError> {
-    let rows: Vec<Vec<Value>> = requests
+fn identifiers<'a>(
+    requests: &'a [Append],
+    outcomes: &'a [Result<i64, AppendError>],
+) -> impl Iterator<Item = Vec<Value>> + 'a {
+    requests
+        .iter()
+        .zip(outcomes)
         .filter(|(_, outcome)| outcome.is_ok())
         .flat_map(|(append, _)| &append.one_use)
         .map(|one_use| vec![Value::from(&one_use.id), Value::from(one_use.expires_at.0)])
-        .collect();
-    let written = tx
-        .insert_many_returning(
-            "used_jwt_ids (jwt_id, expires_at)",
-            &rows,
-            "ON CONFLICT (jwt_id) DO NOTHING RETURNING jwt_id",
-        )
-        .await?;
-    written.iter().map(|row| row.text(0)).collect()
+}
+
+const IDENTIFIERS: &str = "used_jwt_ids (jwt_id, expires_at)";
+
+/// Writes the identifiers. False: one of them is there already, and which of the others were new nobody knows.
+async fn burn(
+    tx: &mut super::WriteTx,
+    requests: &[Append],
+    outcomes: &[Result<i64, AppendError>],
+) -> Result<bool, StoreError> {
+    let rows: Vec<_> = identifiers(requests, outcomes).collect();
+    let written = tx.insert_many(IDENTIFIERS, &rows, "ON CONFLICT (jwt_id) DO NOTHING").await?;
+    Ok(usize::try_from(written).is_ok_and(|written| written == rows.len()))
+}
+
+/// Writes the identifiers that are new, and refuses the requests of the others.
+async fn burn_one_by_one(
+    tx: &mut super::WriteTx,
+    requests: &[Append],
+    outcomes: &mut [Result<i64, AppendError>],
+) -> Result<(), StoreError> {
+    let rows: Vec<_> = identifiers(requests, outcomes).collect();
+    let conflict = "ON CONFLICT (jwt_id) DO NOTHING RETURNING jwt_id";
+    let written = tx.insert_many_returning(IDENTIFIERS, &rows, conflict).await?;
+    let burnt: HashSet<String> = written.iter().map(|row| row.text(0)).collect::<Result<_, _>>()?;
+    for (append, outcome) in requests.iter().zip(outcomes) {
+        if outcome.is_ok() && append.one_use.iter().any(|one_use| !burnt.contains(&one_use.id)) {
+            *outcome = Err(AppendError::Replayed);
+            // The refused request leaves no trace: what it did burn is whole again.
+            for one_use in append.one_use.iter().filter(|one_use| burnt.contains(&one_use.id)) {
+                tx.execute("DELETE FROM used_jwt_ids WHERE jwt_id = $1", crate::values![&one_use.id]).await?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -44,9 +44,9 @@ pub(super) fn read(row: &PgRow) -> Result<Row, StoreError> {
     Ok(Row(cells))
 }
 
-pub(super) fn bind<'q>(
+pub(super) fn bind<'q, 'v>(
     mut query: sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>,
-    values: &[Value],
+    values: impl IntoIterator<Item = &'v Value>,
 ) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
     for value in values {
         query = match value {

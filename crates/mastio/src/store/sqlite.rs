@@ -110,9 +110,9 @@ pub(super) fn read(row: &SqliteRow) -> Result<Row, StoreError> {
     Ok(Row(cells))
 }
 
-pub(super) fn bind<'q>(
+pub(super) fn bind<'q, 'v>(
     mut query: sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
-    values: &[Value],
+    values: impl IntoIterator<Item = &'v Value>,
 ) -> sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments> {
     for value in values {
         query = match value {

@@ -22,7 +22,11 @@ enum Connection {
 }
 
 impl Connection {
-    async fn rows(&mut self, sql: impl sqlx::SqlSafeStr, values: &[Value]) -> Result<Vec<Row>, StoreError> {
+    async fn rows<'v>(
+        &mut self,
+        sql: impl sqlx::SqlSafeStr,
+        values: impl IntoIterator<Item = &'v Value>,
+    ) -> Result<Vec<Row>, StoreError> {
         match self {
             Self::Sqlite(tx) => {
                 let rows = sqlite::bind(sqlx::query(sql), values).fetch_all(&mut **tx).await?;
@@ -35,7 +39,11 @@ impl Connection {
         }
     }
 
-    async fn execute(&mut self, sql: impl sqlx::SqlSafeStr, values: &[Value]) -> Result<u64, StoreError> {
+    async fn execute<'v>(
+        &mut self,
+        sql: impl sqlx::SqlSafeStr,
+        values: impl IntoIterator<Item = &'v Value>,
+    ) -> Result<u64, StoreError> {
         Ok(match self {
             Self::Sqlite(tx) => {
                 sqlite::bind(sqlx::query(sql), values).execute(&mut **tx).await?.rows_affected()
@@ -219,7 +227,8 @@ impl WriteTx {
         let mut touched = 0;
         for chunk in rows.chunks(ROWS_PER_STATEMENT) {
             let sql = self.multi_row(target, chunk, conflict);
-            touched += self.execute_built(sql, &chunk.concat()).await?;
+            let written = self.connection.execute(AssertSqlSafe(sql), chunk.iter().flatten()).await;
+            touched += self.writes.told(written)?;
         }
         Ok(touched)
     }
@@ -234,7 +243,8 @@ impl WriteTx {
         let mut returned = Vec::new();
         for chunk in rows.chunks(ROWS_PER_STATEMENT) {
             let sql = self.multi_row(target, chunk, conflict);
-            returned.extend(self.rows_built(sql, &chunk.concat()).await?);
+            let rows = self.connection.rows(AssertSqlSafe(sql), chunk.iter().flatten()).await;
+            returned.extend(self.writes.told(rows)?);
         }
         Ok(returned)
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{OriginalUri, Path, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use base64::Engine as _;
@@ -267,9 +267,8 @@ async fn list_models(
     Ok(axum::Json(json!({ "object": "list", "data": [] })))
 }
 
-/// What the two layers below need.
-#[derive(Clone)]
-pub struct ProofLayer {
+/// What the two verbs below need.
+pub struct Proofs {
     /// Judges proofs.
     pub tokens: Arc<Tokens>,
     /// By which a proof's `htu` may name us.
@@ -280,50 +279,43 @@ pub struct ProofLayer {
     pub refusals: Refusals,
 }
 
-/// Judges the persistent DPoP key on `/v1/egress`, where the certificate is the route's to judge. A request that brings an
-/// access token instead is the route's alone.
-pub async fn prove_persistent_key(
-    State(layer): State<ProofLayer>,
-    context: Context,
-    request: Request,
-    next: Next,
-) -> Response {
-    let judged =
-        request.uri().path().starts_with(EGRESS) && !request.headers().contains_key(header::AUTHORIZATION);
-    if judged {
-        let headers = request.headers();
-        let urls = layer.urls.of(headers, request.uri().path());
+impl Proofs {
+    /// Judges the persistent DPoP key on `/v1/egress`, where the certificate is the route's to judge. A request that
+    /// brings an access token instead is the route's alone.
+    pub async fn prove_persistent_key(
+        &self,
+        context: &Context,
+        headers: &HeaderMap,
+        method: &Method,
+        path: &str,
+    ) -> Result<(), ApiError> {
+        if !path.starts_with(EGRESS) || headers.contains_key(header::AUTHORIZATION) {
+            return Ok(());
+        }
+        let urls = self.urls.of(headers, path);
         let proven = match at_most_one_proof(headers) {
             Ok(proof) => {
-                let method = request.method().as_str();
-                layer.tokens.prove_persistent_key(&context, proof, layer.egress, method, &urls).await
+                let method = method.as_str();
+                self.tokens.prove_persistent_key(context, proof, self.egress, method, &urls).await
             }
             Err(error) => Err(error),
         };
         if let Err(error) = proven {
-            record(&layer.refusals, &context, EGRESS, &error).await;
-            return ApiError::from(error).into_response();
+            record(&self.refusals, context, EGRESS, &error).await;
+            return Err(error.into());
         }
+        Ok(())
     }
-    next.run(request).await
-}
 
-/// Offers the present nonce with every answer that a DPoP client may see (wire contract §2, RFC 9449 §8.2).
-pub async fn offer_nonce(
-    State(layer): State<ProofLayer>,
-    context: Context,
-    request: Request,
-    next: Next,
-) -> Response {
-    let path = request.uri().path();
-    let offered = path.starts_with("/v1/")
-        && !path.starts_with("/v1/admin/")
-        && (layer.tokens.requires_nonce() || !path.starts_with("/v1/auth/"));
-    let mut response = next.run(request).await;
-    if offered && let Ok(nonce) = HeaderValue::from_str(&layer.tokens.nonce(context.now.seconds())) {
-        response.headers_mut().insert("dpop-nonce", nonce);
+    /// The present nonce, for every answer that a DPoP client may see (wire contract §2, RFC 9449 §8.2).
+    #[must_use]
+    pub fn nonce(&self, context: &Context, path: &str) -> Option<HeaderValue> {
+        let offered = path.starts_with("/v1/")
+            && !path.starts_with("/v1/admin/")
+            && (self.tokens.requires_nonce() || !path.starts_with("/v1/auth/"));
+        let nonce = offered.then(|| self.tokens.nonce(context.now.seconds()))?;
+        HeaderValue::from_str(&nonce).ok()
     }
-    response
 }
 
 /// `POST /v1/auth/revoke` (RFC 7009).

@@ -17,7 +17,7 @@ use crate::pki::Authority;
 use crate::pki::store::{config_key, hex};
 
 /// Cells that are read together.
-const PAGE: i64 = 2048;
+const PAGE: i64 = 512;
 
 fn wrong(what: impl Into<String>) -> UpdateError {
     UpdateError::StoredState(what.into())
