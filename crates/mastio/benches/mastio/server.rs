@@ -40,6 +40,30 @@ pub struct AgentFiles {
     pub private_key: String,
 }
 
+/// Has the project's generator make a legacy database with its keys. False where the generator is not at hand.
+fn generate(agents: u32, database: &Path, keys: &Path) -> Result<bool, Failure> {
+    let shared = std::env::var_os("MASTIO_SHARED").map(PathBuf::from);
+    let generator = shared.map(|shared| shared.join("fixtures/make_legacy_db.py"));
+    let Some(generator) = generator.filter(|path| path.exists()) else { return Ok(false) };
+    std::fs::create_dir_all(keys)?;
+    // Renamed when it is whole: what an interrupted generator leaves must not be taken for a deploy.
+    let unfinished = database.with_extension("unfinished");
+    let made = Command::new("python3")
+        .arg(generator)
+        .arg(&unfinished)
+        .args(["--agents", &agents.to_string(), "--org", "acme", "--jobs", "2"])
+        // As the predecessor's own databases; the generator's default makes smaller files.
+        .args(["--page-size", "4096", "--keys-dir"])
+        .arg(keys)
+        .stdout(Stdio::null())
+        .status()?;
+    if !made.success() {
+        return Err("the generator of legacy databases failed".into());
+    }
+    std::fs::rename(unfinished, database)?;
+    Ok(true)
+}
+
 impl Deploy {
     /// Lays a legacy deploy out: the bundled one for five agents, otherwise by the project's generator. `None` where
     /// the generator's folder is not at hand.
@@ -53,22 +77,14 @@ impl Deploy {
             std::fs::copy(bundled.join("mcp_proxy.db"), &database)?;
             bundled.join("keys")
         } else {
-            let shared = std::env::var_os("MASTIO_SHARED").map(PathBuf::from);
-            let generator = shared.map(|shared| shared.join("fixtures/make_legacy_db.py"));
-            let Some(generator) = generator.filter(|path| path.exists()) else { return Ok(None) };
-            let keys = folder.path().join("keys");
-            let made = Command::new("python3")
-                .arg(generator)
-                .arg(&database)
-                .args(["--agents", &agents.to_string(), "--org", "acme", "--jobs", "2"])
-                // As the predecessor's own databases; the generator's default makes smaller files.
-                .args(["--page-size", "4096", "--keys-dir"])
-                .arg(&keys)
-                .stdout(Stdio::null())
-                .status()?;
-            if !made.success() {
-                return Err("the generator of legacy databases failed".into());
+            // Generating takes minutes: done once where a folder to keep deploys in is named.
+            let kept = std::env::var_os("MASTIO_BENCH_DEPLOYS").map(PathBuf::from);
+            let kept = kept.unwrap_or_else(|| folder.path().to_owned()).join(agents.to_string());
+            let (made, keys) = (kept.join("mcp_proxy.db"), kept.join("keys"));
+            if !made.exists() && !generate(agents, &made, &keys)? {
+                return Ok(None);
             }
+            std::fs::copy(made, &database)?;
             keys
         };
         let mut names: Vec<_> = std::fs::read_dir(&keys)?
