@@ -34,8 +34,8 @@ fn options(path: &Path, create: bool) -> SqliteConnectOptions {
         .busy_timeout(BUSY_TIMEOUT)
         // A deleted key must not stay readable in the file: within a page at once, in free pages by the VACUUM of `scrub`.
         .pragma("secure_delete", "FAST")
-        // `checkpoint` empties the log beside the commits. This, a gigabyte, is for a process that has no such job or cannot
-        // follow: the commit that comes to it copies all of that while everybody waits, and an update's is long.
+        // `checkpoint` empties the log beside the commits. This, half a gigabyte, is for a process that has no such job or
+        // cannot follow: the commit that comes to it copies all of that while everybody waits, and an update's is long.
         .pragma("wal_autocheckpoint", "131072")
         .statement_cache_capacity(STATEMENTS_MAX)
 }

@@ -966,8 +966,7 @@ impl Run<'_> {
         let before = pki.authority().org_ca.clone();
         let (mut restored, mut carried_leaves) = (RestoredFleet { cells: 0, without_facts: false }, 0);
         if let Some(column) = column {
-            restored =
-                rows::restore_fleet(&mut tx, column, apply_run, otherwise, apply.has_restores).await?;
+            restored = rows::restore_fleet(&mut tx, column, apply_run, otherwise, apply.has_restores).await?;
             carried_leaves = rows::write_fleet(&mut tx, column, &self.run_id).await?;
             if damaged {
                 rows::forget_facts(&mut tx, apply_run).await?;

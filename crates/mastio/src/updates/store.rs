@@ -996,16 +996,27 @@ pub async fn write_fleet(tx: &mut WriteTx, column: FleetColumn, run_id: &str) ->
         )
         .await?;
     end_fleet_write(tx).await?;
-    tx.execute(
-        "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
-         profile_gaps) SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, profile_gaps \
-         FROM update_run_certificates \
-         WHERE run_id = $1 ON CONFLICT (agent_id) DO UPDATE SET fingerprint = excluded.fingerprint, \
-         spki_sha256 = excluded.spki_sha256, serial = excluded.serial, issuer_key_id = excluded.issuer_key_id, \
-         not_after = excluded.not_after, profile_gaps = excluded.profile_gaps",
-        values![run_id],
-    )
-    .await?;
+    if column != FleetColumn::CertPem {
+        return Ok(written);
+    }
+    let known = tx
+        .execute(
+            "UPDATE agent_certificates SET fingerprint = r.fingerprint, spki_sha256 = r.spki_sha256, serial = r.serial, \
+             issuer_key_id = r.issuer_key_id, not_after = r.not_after, profile_gaps = r.profile_gaps \
+             FROM update_run_certificates r WHERE r.run_id = $1 AND r.agent_id = agent_certificates.agent_id",
+            values![run_id],
+        )
+        .await?;
+    if known != written {
+        // Leaves beside which somebody had taken the facts away.
+        tx.execute(
+            "INSERT INTO agent_certificates (agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, \
+             profile_gaps) SELECT agent_id, fingerprint, spki_sha256, serial, issuer_key_id, not_after, profile_gaps \
+             FROM update_run_certificates WHERE run_id = $1 ON CONFLICT (agent_id) DO NOTHING",
+            values![run_id],
+        )
+        .await?;
+    }
     Ok(written)
 }
 

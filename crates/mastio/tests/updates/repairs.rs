@@ -276,7 +276,8 @@ fn facts_of_leaves_that_sql_has_touched_fit_the_rows_after_a_rollback() {
         let mut agents = before.agents.keys();
         let (around, forgotten) = (agents.next().unwrap(), agents.next().unwrap());
         // The same leaf in a row that reads otherwise: its facts are read anew at the boot.
-        let sql = format!("UPDATE internal_agents SET cert_pem = cert_pem || ' ' WHERE agent_id = '{around}'");
+        let sql =
+            format!("UPDATE internal_agents SET cert_pem = cert_pem || ' ' WHERE agent_id = '{around}'");
         deploy.execute(&sql);
         let server = deploy.start();
         let touched = PkiState::read(&deploy).leaves[around].clone();

@@ -106,7 +106,9 @@ pub async fn keep(
     tx.execute("UPDATE update_runs SET phase = $2 WHERE run_id = $1", values![run_id, state.as_str()])
         .await?;
     tx.execute(
-        "UPDATE update_images SET before = NULL, restore = NULL, after = NULL WHERE run_id = $1 AND sealed = 1",
+        // What is sealed lies in single cells: so the fleet's images are passed by in their index.
+        "UPDATE update_images SET before = NULL, restore = NULL, after = NULL WHERE run_id = $1 \
+         AND table_name <> 'internal_agents' AND sealed = 1",
         values![run_id],
     )
     .await?;
