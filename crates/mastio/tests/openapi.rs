@@ -144,7 +144,7 @@ fn the_server_serves_the_document() {
 }
 
 /// How many requests schemathesis makes up for each operation beside its examples; with `MASTIO_TEST_ALL` the second.
-const EXAMPLES: [&str; 2] = ["3", "200"];
+const EXAMPLES: [&str; 2] = ["3", "40"];
 
 /// An operator's secret, an agent's certificate and the document, in the hands of a program that does not know us.
 #[test]
