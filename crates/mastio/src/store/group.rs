@@ -183,7 +183,8 @@ async fn run(store: Store, on_failure: OnFailure, mut receiver: mpsc::Receiver<(
                 }
             }
         }
-        if store.sqlite_path().is_some() {
+        // Where nobody waits, the lock is free until somebody comes.
+        if store.sqlite_path().is_some() && (many || !receiver.is_empty()) {
             // As long as the commit took: half of the time belongs to others, and what arrives meanwhile shares the next.
             let pause =
                 if many { began.elapsed().clamp(SQLITE_PAUSE, SQLITE_PAUSE_MAX) } else { SQLITE_PAUSE };
