@@ -1,7 +1,9 @@
 """A tiny MCP server to stand behind the gateway in tests. Standard library only.
 
     mcp_upstream.py [TOOL [FILE]]  the one tool's name, `echo` unless told; its description
-                                   is what FILE holds at that moment
+                                   is what FILE holds at that moment, or, where that is a
+                                   JSON object, the whole answer to tools/list: `error` in it
+                                   is a JSON-RPC error's message
     mcp_upstream.py TOOL "" CERT KEY CLIENT_CA
                                    over TLS, to clients with a certificate of that CA alone
 
@@ -48,11 +50,16 @@ def initialize(params, _headers):
 def list_tools(_params, _headers):
     schema = {"type": "object", "properties": {"text": {"type": "string"}}}
     description = DESCRIPTION.read_text() if DESCRIPTION else "Returns its arguments."
+    if description.startswith("{"):
+        whole = json.loads(description)
+        if "error" in whole:
+            raise Refused(-32000, whole["error"])
+        return whole
     return {"tools": [{"name": TOOL, "description": description, "inputSchema": schema}]}
 
 
 def call_tool(params, headers):
-    if params.get("name") != TOOL:
+    if params.get("name") != TOOL and not DESCRIPTION:
         raise Refused(-32602, f"Unknown tool: {params.get('name')}")
     arguments = params.get("arguments") or {}
     if "__sleep_s__" in arguments:

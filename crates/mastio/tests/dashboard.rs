@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// Every page, with what a path names filled in.
-const PAGES: [&str; 19] = [
+const PAGES: [&str; 22] = [
     "/proxy",
     "/proxy/updates",
     "/proxy/updates/2026-04-23-org-ca-pathlen-1",
@@ -27,7 +27,10 @@ const PAGES: [&str; 19] = [
     "/proxy/enrollments",
     "/proxy/enrollments?status=rejected",
     "/proxy/agents?only=inactive",
+    "/proxy/agents?only=byoca",
     "/proxy/tools",
+    "/proxy/policies",
+    "/proxy/access?agent_id=agent-0001",
     "/proxy/pki",
     "/proxy/pki/overlap",
     "/proxy/mastio-key",
@@ -606,6 +609,252 @@ fn a_server_s_tools_are_registered_approved_and_bound_by_forms() {
     assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
 }
 
+/// The cells of the row of a page that speaks of this agent and this tool, as text.
+fn row(page: &str, agent_id: &str, tool: &str) -> Vec<String> {
+    let rows = page.split("<tr>").skip(1).map(|rest| rest.split("</tr>").next().unwrap());
+    let text = |cell: &str| {
+        let parts = cell.split('<').map(|part| part.split_once('>').map_or(part, |(_, text)| text));
+        parts.collect::<String>().trim().to_owned()
+    };
+    let cells = rows.map(|row| row.split("<td").skip(1).map(|cell| text(&format!("<td{cell}"))).collect());
+    cells
+        .into_iter()
+        .find(|cells: &Vec<String>| {
+            cells.first().is_some_and(|cell| cell.split(' ').next() == Some(agent_id))
+                && (tool.is_empty() || cells[1] == tool)
+        })
+        .unwrap_or_else(|| panic!("no row of {agent_id} and {tool} in {page}"))
+}
+
+/// What a page says of a call is what the API and the command line say.
+#[test]
+fn pages_the_api_and_the_command_line_give_one_answer_to_who_may_call_what_and_why() {
+    for database in [Database::Sqlite, Database::Postgres] {
+        let mut deploy = Deploy::empty().on(database);
+        deploy.start();
+        let agents = ["ada", "bob", "cyd"].map(|name| {
+            let agent = deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": name })).expect(201);
+            agent["agent_id"].as_str().unwrap().to_owned()
+        });
+        let tools = deploy.folder().join("tools");
+        let tool = |name: &str| json!({ "name": name, "inputSchema": { "type": "object", "properties": { "n": { "type": "integer" } } } });
+        fs::write(&tools, json!({ "tools": [tool("add"), tool("drop")] }).to_string()).unwrap();
+        let upstream = Upstream::described_by(&tools);
+        let server = json!({ "name": "numbers", "endpoint_url": upstream.url() });
+        let server = deploy.admin_post("/v1/admin/mcp-upstreams", &server).expect(201);
+        for name in ["add", "drop"] {
+            let path = format!("/v1/admin/mcp-tools/{name}");
+            let digest = deploy.admin_get(&path).expect(200)["found_digest"].clone();
+            deploy.admin_post(&format!("{path}/approve"), &json!({ "digest": digest })).expect(200);
+        }
+        for agent_id in &agents[..2] {
+            deploy.let_call(agent_id, server["upstream_id"].as_str().unwrap());
+        }
+        deploy.admin_post(&format!("/v1/admin/agents/{}/deactivate", agents[1]), &json!({}));
+
+        let browser = Browser::new(&deploy, "a");
+        browser.sign_in();
+        assert!(browser.get("/proxy/policies").body.contains("None: what is bound is allowed"));
+        let token = format!("csrf_token={}", browser.csrf_token());
+        let send = |path: &str, fields: &[(&str, &str)], status: u16| {
+            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let mut arguments = vec!["--data-urlencode", token.as_str()];
+            arguments.extend(fields.iter().flat_map(|field| ["--data-urlencode", field.as_str()]));
+            let answer = browser.ask(path, &arguments);
+            assert_eq!(answer.status, status, "{path} {fields:?}: {}", answer.body);
+            answer.body
+        };
+        let never = r#"forbid(principal, action, resource == Tool::"drop");"#;
+        let large = r#"forbid(principal, action, resource == Tool::"add") when { context.arguments has n && context.arguments.n > 9 };"#;
+        let nobody = r#"forbid(principal, action, resource == Tool::"add");"#;
+        let policy = |name, tool, mode, text, version| {
+            [("name", name), ("tool", tool), ("mode", mode), ("text", text), ("version", version)]
+        };
+        // What cannot be saved comes back as it was written, with the reason, and changes nothing.
+        let refused = send("/proxy/policies", &policy("large", "", "enforce", large, "0"), 422);
+        assert!(
+            refused.contains("context.arguments.n &#62; 9") && refused.contains("role=\"alert\""),
+            "{refused}"
+        );
+        assert_eq!(deploy.admin_get("/v1/admin/mcp-policies").expect(200), json!([]));
+        // Asking about a draft changes nothing either, and says what saving it would.
+        let asked = [("agent_id", agents[0].as_str()), ("called", "add"), ("arguments", r#"{"n": 12}"#)];
+        let tried = send(
+            "/proxy/policies/test",
+            &[&policy("large", "add", "enforce", large, "0")[..], &asked].concat(),
+            200,
+        );
+        assert!(tried.contains("It would be denied.") && tried.contains("large@draft"), "{tried}");
+        assert_eq!(deploy.admin_get("/v1/admin/mcp-policies").expect(200), json!([]));
+        send("/proxy/policies", &policy("large", "add", "enforce", large, "0"), 303);
+        send("/proxy/policies", &policy("never", "", "enforce", never, "0"), 303);
+        send("/proxy/policies", &policy("nobody", "", "shadow", nobody, "0"), 303);
+        // Whoever has not seen the present version saves nothing over it.
+        send("/proxy/policies", &policy("nobody", "", "enforce", nobody, "0"), 409);
+
+        let said = |access: &Value| {
+            let list = |field: &str| {
+                let ids = access[field].as_array().unwrap().iter().map(|id| id.as_str().unwrap());
+                ids.collect::<Vec<_>>().join(", ")
+            };
+            let word = if access["allowed"] == true { "allowed" } else { access["reason"].as_str().unwrap() };
+            let of = |label: &str, ids: String| if ids.is_empty() { ids } else { format!("{label}{ids}") };
+            [
+                word.to_owned(),
+                of("by ", list("policies")),
+                of("in shadow, would deny: ", list("shadow_denied_by")),
+            ]
+        };
+        let all = deploy.admin_get("/v1/admin/mcp-access").expect(200);
+        assert_eq!(all.as_array().unwrap().len(), 4, "{all}");
+        let cli: Value =
+            serde_json::from_str(&deploy.mastio_ok(&["tools", "access", "--json", "--url", &deploy.url()]))
+                .unwrap();
+        assert_eq!(cli, all);
+        let words: Vec<_> = all.as_array().unwrap().iter().map(said).collect();
+        assert_eq!(words[0], ["allowed", "by binding", "in shadow, would deny: nobody@1"]);
+        assert_eq!(words[1], ["policy_denied", "by never@1", ""]);
+        assert_eq!(words[2][0], "unknown_or_inactive_agent");
+        for access in all.as_array().unwrap() {
+            let (agent_id, tool) = (access["agent_id"].as_str().unwrap(), access["tool"].as_str().unwrap());
+            for path in [
+                "/proxy/access".to_owned(),
+                format!("/proxy/access?agent_id={agent_id}"),
+                format!("/proxy/access?tool={tool}"),
+            ] {
+                assert_eq!(row(&browser.get(&path).body, agent_id, tool)[2..5], said(access), "{path}");
+            }
+            let page = browser.get(&format!("/proxy/tools/{tool}")).body;
+            assert_eq!(row(&page, agent_id, "")[2..5], said(access), "{tool} {agent_id}");
+        }
+        // The rules that decide lead to their page, and what depends on arguments says so.
+        let page = browser.get("/proxy/access?tool=add").body;
+        assert!(page.contains("href=\"/proxy/policies/nobody\">nobody@1</a>"), "{page}");
+        assert!(row(&page, &agents[0], "add")[5].contains("depends on the arguments: large@1"), "{page}");
+        // An agent that is bound to nothing is asked about by its name.
+        assert_eq!(row(&browser.get("/proxy/access?agent_id=cyd").body, &agents[2], "add")[2], "no_binding");
+
+        // A dry run by the form and by the API.
+        for arguments in [r#"{"n": 12}"#, r#"{"n": 3}"#, r#"{"n": "x"}"#, ""] {
+            let mut body = json!({ "agent_id": agents[0], "tool": "add" });
+            if let Ok(arguments) = serde_json::from_str::<Value>(arguments) {
+                body["arguments"] = arguments;
+            }
+            let told = deploy.admin_post("/v1/admin/mcp-policies/test", &body).expect(200);
+            let page = send("/proxy/policies/test", &[asked[0], asked[1], ("arguments", arguments)], 200);
+            assert_eq!(page.contains("It would be allowed."), told["allowed"] == true, "{arguments}: {page}");
+            let reason = format!("<code>{}</code>", told["reason"].as_str().unwrap());
+            assert_eq!(page.contains(&reason), told["allowed"] == false, "{arguments}: {page}");
+        }
+        send("/proxy/policies/test", &[asked[0], asked[1], ("arguments", "{")], 422);
+
+        // Out of the shadow, by the version that the page has shown.
+        send("/proxy/policies/nobody/mode", &[("mode", "enforce"), ("version", "1")], 303);
+        send("/proxy/policies/nobody/mode", &[("mode", "off"), ("version", "1")], 409);
+        send("/proxy/policies/nobody/mode", &[("mode", "deleted"), ("version", "2")], 400);
+        let page = browser.get("/proxy/policies/nobody").body;
+        assert!(page.contains("Text of version 1") && page.contains("Text of version 2"), "{page}");
+        assert_eq!(row(&browser.get("/proxy/access?tool=add").body, &agents[0], "add")[2], "policy_denied");
+        send("/proxy/policies/nobody/delete", &[("confirm", "another")], 400);
+        send("/proxy/policies/nobody/delete", &[("confirm", "nobody")], 303);
+        assert!(browser.get("/proxy/policies/nobody").body.contains("It was removed"));
+        assert_eq!(row(&browser.get("/proxy/access?tool=add").body, &agents[0], "add")[2], "allowed");
+        assert_eq!(browser.get("/proxy/policies/unknown").status, 404);
+        assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
+    }
+}
+
+/// Each page of who may call what ends where the next one begins.
+#[test]
+fn who_may_call_what_is_read_a_page_at_a_time() {
+    for database in [Database::Sqlite, Database::Postgres] {
+        let mut deploy = Deploy::empty().on(database);
+        deploy.start();
+        let agent = deploy.admin_post("/v1/admin/agents", &json!({ "agent_name": "x" })).expect(201);
+        let (org, _) = agent["agent_id"].as_str().unwrap().split_once("::").unwrap();
+        let mut statements = String::new();
+        for n in 0..7 {
+            statements += &format!(
+                "INSERT INTO local_mcp_resources (resource_id, name, endpoint_url, created_at, updated_at) \
+                 VALUES ('r{n}', 'tool-{n}', 'https://tools.invalid/mcp', '2026-01-01T00:00:00Z', '2026-01-01T00:00:00Z');"
+            );
+        }
+        // Some by their bare names, as the predecessor wrote them, and one by both.
+        for n in 0..60 {
+            let name = if n % 3 == 0 { format!("agent-{n:02}") } else { format!("{org}::agent-{n:02}") };
+            for name in [Some(name), (n == 3).then(|| format!("{org}::agent-{n:02}"))].into_iter().flatten() {
+                statements += &format!(
+                    "INSERT INTO local_agent_resource_bindings (binding_id, agent_id, resource_id, granted_by, granted_at) \
+                     VALUES ('b{name}', '{name}', 'r1', 'sql', '2026-01-01T00:00:00Z');"
+                );
+            }
+        }
+        deploy.sql(&statements);
+        let browser = Browser::new(&deploy, "a");
+        browser.sign_in();
+        for query in ["", "tool=tool-1", "agent_id=agent-00"] {
+            let all = deploy.admin_get(&format!("/v1/admin/mcp-access?{query}")).expect(200);
+            let wanted: Vec<_> = all
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|row| format!("{} {}", row["agent_id"].as_str().unwrap(), row["tool"].as_str().unwrap()))
+                .collect();
+            assert_eq!(
+                wanted.len(),
+                match query {
+                    "" => 420,
+                    "tool=tool-1" => 60,
+                    _ => 7,
+                }
+            );
+            let (mut seen, mut next) = (Vec::new(), Some(format!("/proxy/access?{query}")));
+            while let Some(path) = next.take() {
+                let page = browser.get(&path).body;
+                let links = |text: &str, before: &str| {
+                    let links = text
+                        .split(before)
+                        .skip(1)
+                        .map(|rest| rest.split(['"', '<']).next().unwrap().to_owned());
+                    links.collect::<Vec<_>>()
+                };
+                let table = page.split("<tbody>").nth(1).unwrap().split("</tbody>").next().unwrap();
+                let agents = links(table, "<a href=\"/proxy/agents/");
+                let tools = links(table, "<a href=\"/proxy/access?tool=");
+                seen.extend(agents.iter().zip(tools).map(|(agent, tool)| format!("{agent} {tool}")));
+                next = links(&page, "<a class=\"button quiet\" href=\"")
+                    .into_iter()
+                    .find(|link| link.contains("after_agent="));
+                next = next.map(|link| link.replace("&amp;", "&"));
+            }
+            assert_eq!(seen, wanted, "{query} on {database:?}");
+        }
+    }
+}
+
+/// What a rotation of the Python system has left half-way.
+#[test]
+fn a_staged_key_is_shown_with_the_command_that_drops_it() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    deploy.sql(
+        "INSERT INTO mastio_keys (kid, pubkey_pem, privkey_pem, created_at) \
+         SELECT 'it''s staged', pubkey_pem, privkey_pem, created_at FROM mastio_keys",
+    );
+    wait_for("the halt", || deploy.is_halted().then_some(()));
+    let browser = Browser::new(&deploy, "a");
+    browser.sign_in();
+    assert!(browser.get("/proxy").body.contains("href=\"/proxy/mastio-key\">See the staged key</a>"));
+    let page = browser.get("/proxy/mastio-key").body;
+    let (_, rest) =
+        page.split_once("<pre><code class=\"copy\" data-copy=\"").unwrap_or_else(|| panic!("{page}"));
+    let command = rest.split('"').next().unwrap().replace("&#39;", "'").replace("&#34;", "\"");
+    deploy.bash(&command, &[]);
+    wait_for("the halt to lift", || (!deploy.is_halted()).then_some(()));
+    let page = browser.get("/proxy/mastio-key").body;
+    assert!(!page.contains("staged key waits") && page.contains(">signs<"), "{page}");
+}
+
 /// Two clients of the SDK wait for what an operator decides by hand.
 #[test]
 fn an_operator_decides_over_enrollments_while_the_sdk_waits() {
@@ -688,6 +937,352 @@ fn a_tool_is_registered_approved_bound_and_approved_again_after_a_change_in_a_br
     assert_eq!(outcomes, [&json!("ok"), &Value::Null], "{tried}");
     assert_eq!(deploy.admin_get("/v1/admin/audit/verify").expect(200)["sound"], true);
 }
+
+/// What an attacker would like to be more than text, marked with where it stands.
+fn hostile(field: &str) -> String {
+    format!(
+        "F[{field}]\"'></textarea></title></pre></svg><x-planted></x-planted><img src=x onerror=alert(1)>\
+         <script>alert(1)</script>"
+    )
+}
+
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Writes a row whose every column of text is hostile; but for those in `given`, as SQL. Gives the fields.
+fn plant(deploy: &Deploy, table: &str, given: &[(&str, String)]) {
+    let (mut names, mut values) = (Vec::new(), Vec::new());
+    for line in deploy.sql(&format!("SELECT name, type FROM pragma_table_info('{table}')")).lines() {
+        let (name, kind) = line.split_once('|').unwrap();
+        let value = match given.iter().find(|(wanted, _)| *wanted == name) {
+            Some((_, value)) => value.clone(),
+            None if kind == "TEXT" => literal(&hostile(&format!("{table}.{name}"))),
+            None => "0".to_owned(),
+        };
+        names.push(name.to_owned());
+        values.push(value);
+    }
+    let (names, values) = (names.join(", "), values.join(", "));
+    deploy.sql(&format!("INSERT INTO {table} ({names}) VALUES ({values})"));
+}
+
+/// Every column of text of every table that a page reads, whoever may write it: agents, upstream servers, operators,
+/// single sign-on, somebody's SQL.
+#[test]
+fn what_stands_in_any_column_of_any_table_is_text_on_every_page() {
+    let mut deploy = Deploy::empty();
+    deploy.start();
+    let text = |text: &str| literal(text);
+    let of = |field: &str| literal(&hostile(field));
+    let listed = |field: &str| literal(&json!([hostile(field)]).to_string());
+
+    // In a server's own words: its tools, what is no tool's name, what it answers, and how it fails.
+    let words = deploy.folder().join("words");
+    let tool = json!({ "name": "spoken", "title": hostile("spoken.title"), "description": hostile("spoken.description"),
+        "inputSchema": { "type": "object", "properties": { (hostile("spoken.property")): { "type": "string", "description": hostile("spoken.schema") } } } });
+    let unusable = json!({ "name": hostile("spoken.name"), "inputSchema": { "type": "object" } });
+    fs::write(&words, json!({ "tools": [tool, unusable] }).to_string()).unwrap();
+    let upstream = Upstream::described_by(&words);
+    let server = json!({ "name": "speaks", "endpoint_url": upstream.url() });
+    let server = deploy.admin_post("/v1/admin/mcp-upstreams", &server).expect(201);
+    let server_id = server["upstream_id"].as_str().unwrap();
+    fs::write(&words, json!({ "error": hostile("server.error") }).to_string()).unwrap();
+    deploy.admin_post(&format!("/v1/admin/mcp-upstreams/{server_id}/refresh"), &json!({}));
+
+    // In a certificate's own words.
+    let certificate = run(Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-keyout",
+            "/dev/null",
+            "-days",
+            "9",
+            "-subj",
+        ])
+        .arg("/CN=F[subject.cn]<x-planted><img src=x onerror=alert(1)>"));
+
+    let agent = [
+        ("agent_id", text("acme::planted")),
+        ("is_active", "1".to_owned()),
+        ("enrollment_method", text("byoca")),
+        ("principal_type", text("agent")),
+        ("capabilities", listed("internal_agents.capabilities")),
+        ("cert_pem", text(&certificate)),
+        ("previous_grace_period_expires_at", "NULL".to_owned()),
+    ];
+    plant(&deploy, "internal_agents", &agent);
+    let strange = [
+        ("is_active", "1".to_owned()),
+        ("capabilities", text("[]")),
+        ("previous_grace_period_expires_at", "NULL".to_owned()),
+    ];
+    plant(&deploy, "internal_agents", &strange);
+    for (status, id) in [("pending", "asks"), ("approved", "had"), ("rejected", "lost")] {
+        let request = [
+            ("session_id", text(id)),
+            ("status", text(status)),
+            ("created_at", "1780000000".to_owned()),
+            ("expires_at", "4000000000".to_owned()),
+            ("decided_at", "1780000000".to_owned()),
+        ];
+        plant(&deploy, "enrollment_requests", &request);
+    }
+    let resource =
+        [("org_id", "NULL".to_owned()), ("enabled", "1".to_owned()), ("allowed_domains", text("[]"))];
+    plant(&deploy, "local_mcp_resources", &resource);
+    let planted_server = [
+        ("upstream_id", text("planted")),
+        ("allowed_domains", text("[]")),
+        ("capabilities", text("{}")),
+        ("enabled", "1".to_owned()),
+    ];
+    plant(&deploy, "mcp_upstreams", &planted_server);
+    let definition = |field: &str| {
+        json!({ "name": "x", "title": hostile(&format!("{field}.title")), "description": hostile(&format!("{field}.description")),
+        "inputSchema": { "type": "object", (hostile(&format!("{field}.key"))): hostile(&format!("{field}.value")) } }).to_string()
+    };
+    let planted_tool = [
+        ("tool_id", text("planted")),
+        ("upstream_id", text("planted")),
+        ("state", text("approved")),
+        ("present", "1".to_owned()),
+        ("definition", text(&definition("approved"))),
+        ("found", text(&definition("found"))),
+    ];
+    plant(&deploy, "mcp_tools", &planted_tool);
+    for (id, resource, agent_id) in
+        [("b1", "planted", "acme::planted"), ("b2", "planted", ""), ("b3", server_id, "acme::planted")]
+    {
+        let agent_id = if agent_id.is_empty() { of("bindings.agent_id") } else { text(agent_id) };
+        let binding = [
+            ("binding_id", text(id)),
+            ("resource_id", text(resource)),
+            ("agent_id", agent_id),
+            ("revoked_at", "NULL".to_owned()),
+            ("principal_type", text("agent")),
+        ];
+        plant(&deploy, "local_agent_resource_bindings", &binding);
+    }
+    plant(
+        &deploy,
+        "mcp_policy_versions",
+        &[
+            ("name", text("planted")),
+            ("version", "1".to_owned()),
+            ("change", "1".to_owned()),
+            ("mode", text("enforce")),
+        ],
+    );
+    plant(
+        &deploy,
+        "mcp_policy_versions",
+        &[
+            ("version", "1".to_owned()),
+            ("change", "2".to_owned()),
+            ("mode", text("shadow")),
+            ("tool", "NULL".to_owned()),
+        ],
+    );
+    plant(&deploy, "operators", &[("role", text("viewer")), ("deactivated_at", "NULL".to_owned())]);
+    plant(
+        &deploy,
+        "dashboard_sessions",
+        &[
+            ("role", text("operator")),
+            ("created_at", "strftime('%s')".to_owned()),
+            ("seen_at", "strftime('%s')".to_owned()),
+        ],
+    );
+    let migration = "2027-01-01-<x-planted>";
+    plant(
+        &deploy,
+        "pending_updates",
+        &[
+            ("migration_id", text(migration)),
+            ("status", text("failed")),
+            ("criticality", text("critical")),
+            ("affects_enrollments", text("[]")),
+            ("requires", listed("pending_updates.requires")),
+        ],
+    );
+    plant(
+        &deploy,
+        "update_runs",
+        &[
+            ("migration_id", text(migration)),
+            ("direction", text("apply")),
+            ("committed_at", "NULL".to_owned()),
+        ],
+    );
+    plant(
+        &deploy,
+        "update_proposals",
+        &[
+            ("migration_id", text(migration)),
+            ("direction", text("apply")),
+            ("expires_at", "4000000000".to_owned()),
+        ],
+    );
+    let details = json!({ (hostile("details.key")): hostile("details.value"), "agent_id": "acme::planted", "list": [hostile("details.list")] });
+    plant(&deploy, "audit_events", &[("seq", "100000".to_owned()), ("details", text(&details.to_string()))]);
+    plant(
+        &deploy,
+        "audit_events",
+        &[
+            ("seq", "100001".to_owned()),
+            ("event_type", text("auth.token_issued")),
+            ("details", text(&details.to_string())),
+            ("id", text("100001")),
+        ],
+    );
+    plant(
+        &deploy,
+        "audit_events",
+        &[
+            ("seq", "100002".to_owned()),
+            ("event_type", text("mcp.tool_called")),
+            ("id", text("100002")),
+            ("subject", text("acme::planted")),
+            ("details", text(&details.to_string())),
+        ],
+    );
+    deploy.sql(&format!("INSERT INTO deploy_state (key, value) VALUES ('organisation_name', {}) ON CONFLICT (key) DO UPDATE SET value = excluded.value", of("organisation")));
+    wait_for("the halt", || deploy.is_halted().then_some(()));
+
+    let strange_agent = encoded(&hostile("internal_agents.agent_id"));
+    let strange_policy = encoded(&hostile("mcp_policy_versions.name"));
+    let strange_update = encoded(migration);
+    let discovered =
+        deploy.sql("SELECT MAX(seq) FROM audit_events WHERE event_type = 'mcp.tools_discovered'");
+    let reflected = encoded(&hostile("reflected"));
+    let pages = [
+        "/proxy".to_owned(),
+        "/proxy/updates".to_owned(),
+        format!("/proxy/updates/{strange_update}"),
+        format!("/proxy/updates/{strange_update}/apply-review"),
+        format!("/proxy/updates/{strange_update}/rollback-review"),
+        "/proxy/agents".to_owned(),
+        "/proxy/agents?only=byoca".to_owned(),
+        "/proxy/agents/acme::planted".to_owned(),
+        format!("/proxy/agents/{strange_agent}"),
+        "/proxy/enrollments".to_owned(),
+        "/proxy/enrollments?status=approved".to_owned(),
+        "/proxy/enrollments?status=rejected".to_owned(),
+        "/proxy/enrollments/asks".to_owned(),
+        "/proxy/enrollments/had".to_owned(),
+        "/proxy/enrollments/lost".to_owned(),
+        "/proxy/tools".to_owned(),
+        "/proxy/tools/planted".to_owned(),
+        "/proxy/tools/spoken".to_owned(),
+        "/proxy/policies".to_owned(),
+        "/proxy/policies/planted".to_owned(),
+        format!("/proxy/policies/{strange_policy}"),
+        "/proxy/access".to_owned(),
+        "/proxy/access?agent_id=acme::planted".to_owned(),
+        "/proxy/pki".to_owned(),
+        "/proxy/pki/overlap".to_owned(),
+        "/proxy/mastio-key".to_owned(),
+        "/proxy/audit".to_owned(),
+        "/proxy/audit/100000".to_owned(),
+        "/proxy/audit/100001".to_owned(),
+        "/proxy/audit/100002".to_owned(),
+        format!("/proxy/audit/{discovered}"),
+        "/proxy/settings".to_owned(),
+        "/proxy/operators".to_owned(),
+        // What stands in an address comes back on these.
+        format!("/proxy/agents?from={reflected}"),
+        format!("/proxy/agents/{reflected}"),
+        format!("/proxy/access?agent_id={reflected}&tool={reflected}"),
+        format!("/proxy/audit?subject={reflected}&event_type={reflected}"),
+        format!("/proxy/policies/{reflected}"),
+        format!("/proxy/tools/{reflected}"),
+        format!("/proxy/enrollments/{reflected}"),
+        format!("/proxy/audit/{reflected}"),
+        format!("/proxy/updates/{reflected}"),
+        format!("/proxy/login?next={reflected}"),
+    ];
+    let told = tell_with(&deploy, "hostile", json!({ "pages": &pages[..] }));
+    let seen: Vec<&str> =
+        told["fields"].as_array().unwrap().iter().map(|field| field.as_str().unwrap()).collect();
+    println!("{} fields on {} pages: {seen:?}", seen.len(), pages.len());
+    for field in HOSTILE_FIELDS {
+        assert!(seen.contains(field), "{field} was on no page: {seen:?}");
+    }
+}
+
+/// `text` as one segment of a path, or one value of a query.
+fn encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
+/// What somebody outside writes and a page shows.
+const HOSTILE_FIELDS: &[&str] = &[
+    "internal_agents.agent_id",
+    "internal_agents.display_name",
+    "internal_agents.capabilities",
+    "internal_agents.dpop_jkt",
+    "subject.cn",
+    "enrollment_requests.requester_name",
+    "enrollment_requests.requester_email",
+    "enrollment_requests.reason",
+    "enrollment_requests.device_info",
+    "enrollment_requests.source",
+    "enrollment_requests.agent_id",
+    "enrollment_requests.rejection_reason",
+    "enrollment_requests.decided_by",
+    "local_mcp_resources.name",
+    "local_mcp_resources.endpoint_url",
+    "local_mcp_resources.required_capability",
+    "bindings.agent_id",
+    "mcp_upstreams.name",
+    "mcp_upstreams.endpoint_url",
+    "mcp_upstreams.required_capability",
+    "mcp_upstreams.discovery_error",
+    "mcp_tools.name",
+    "mcp_tools.upstream_name",
+    "mcp_tools.imitates",
+    "mcp_tools.required_capability",
+    "mcp_tools.approved_by",
+    "approved.description",
+    "approved.value",
+    "found.title",
+    "found.description",
+    "found.key",
+    "found.value",
+    "spoken.title",
+    "spoken.description",
+    "spoken.property",
+    "spoken.schema",
+    "server.error",
+    "mcp_policy_versions.name",
+    "mcp_policy_versions.tool",
+    "mcp_policy_versions.text",
+    "mcp_policy_versions.saved_by",
+    "operators.name",
+    "operators.created_by",
+    "dashboard_sessions.actor",
+    "pending_updates.error",
+    "pending_updates.requires",
+    "update_runs.actor",
+    "update_runs.error",
+    "audit_events.event_type",
+    "audit_events.actor",
+    "details.key",
+    "details.value",
+    "details.list",
+    "organisation",
+    "reflected",
+];
 
 #[test]
 fn operators_sign_on_with_a_provider_by_their_groups_and_the_secret_goes_on_working() {
@@ -802,7 +1397,8 @@ fn a_form_runs_the_plan_that_it_has_shown_or_tells_what_has_moved() {
 fn the_page_s_story_by_keyboard() {
     let Some((deploy, hold)) = held(Database::Sqlite) else { return };
     tell(&deploy, "keyboard", &hold);
-    assert_eq!(status(&deploy), "applied");
+    let done = deploy.admin_get("/v1/admin/audit?event_type=admin.update_applied").expect(200);
+    assert_eq!((done.as_array().unwrap().len(), status(&deploy).as_str()), (1, "rolled_back"));
 }
 
 #[test]

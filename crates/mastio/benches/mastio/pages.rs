@@ -55,10 +55,19 @@ pub async fn measure(agents: u32, events: u32) -> Result<Vec<Page>, Failure> {
         "/proxy/agents?only=inactive".to_owned(),
         "/proxy/agents?only=ends-7d".to_owned(),
         "/proxy/agents?only=ends-30d".to_owned(),
+        "/proxy/agents?only=byoca".to_owned(),
+        format!("/proxy/agents?only=connector&after=acme::bulk-{:06}", agents - 100),
         one,
         "/proxy/enrollments".to_owned(),
         "/proxy/enrollments?status=approved".to_owned(),
         "/proxy/tools".to_owned(),
+        "/proxy/tools?after=bulk-1900".to_owned(),
+        "/proxy/tools/bulk-1".to_owned(),
+        "/proxy/policies".to_owned(),
+        "/proxy/policies/bulk-1".to_owned(),
+        "/proxy/access".to_owned(),
+        format!("/proxy/access?agent_id=acme::bulk-{:06}", agents / 3),
+        "/proxy/access?tool=bulk-1".to_owned(),
         "/proxy/pki".to_owned(),
         "/proxy/pki/overlap".to_owned(),
         "/proxy/mastio-key".to_owned(),
@@ -127,6 +136,18 @@ fn fill(deploy: &Deploy, agents: u32, events: u32) -> Result<(), Failure> {
          SELECT printf('acme::bulk-%06d', i), m.fingerprint, m.spki_sha256, m.serial,
          m.issuer_key_id, unixepoch() + i * (365 * 86400 / {agents})
          FROM numbers, (SELECT * FROM agent_certificates WHERE agent_id = '{MODEL}') m WHERE i <= {agents};
+         INSERT INTO mcp_upstreams (upstream_id, name, endpoint_url, auth_type, allowed_domains, timeout_ms, calls_max, enabled, capabilities, created_at, updated_at)
+         SELECT 'bulk', 'bulk', 'https://tools.invalid/mcp', 'none', '[]', 1000, 1, 1, '{{}}', m.created_at, m.created_at
+         FROM internal_agents m WHERE agent_id = '{MODEL}';
+         INSERT INTO mcp_tools (tool_id, upstream_id, upstream_name, name, state, definition, definition_digest, found, found_digest, present, first_seen_at)
+         SELECT printf('tool-%d', i), 'bulk', printf('bulk-%d', i), printf('bulk-%d', i), iif(i % 100, 'approved', 'proposed'),
+         d.text, 'x', d.text, 'x', 1, '2026-01-01T00:00:00Z'
+         FROM numbers, (SELECT printf('{{\"name\":\"x\",\"inputSchema\":{{\"type\":\"object\",\"description\":\"%s\"}}}}', hex(zeroblob(1000))) AS text) d WHERE i <= 2000;
+         INSERT INTO local_agent_resource_bindings (binding_id, agent_id, resource_id, granted_by, granted_at)
+         SELECT printf('bulk-%d', i), printf('acme::bulk-%06d', i), 'bulk', 'sql', '2026-01-01T00:00:00Z' FROM numbers WHERE i <= {agents};
+         INSERT INTO mcp_policy_versions (change, name, version, mode, text, saved_at, saved_by)
+         SELECT i, printf('bulk-%d', i), 1, 'enforce', printf('forbid(principal == Agent::\"acme::bulk-%06d\", action, resource == Tool::\"bulk-%d\");', i, i), '2026-01-01T00:00:00Z', 'sql'
+         FROM numbers WHERE i <= 1000;
          INSERT INTO audit_events (seq, id, timestamp, event_type, actor, details, prev_hash, hash)
          SELECT h.sequence + i, printf('bulk-%d', i), strftime('%Y-%m-%dT%H:%M:%S.000000Z', unixepoch() - {events} + i, 'unixepoch'),
          CASE WHEN i % 10 < 6 THEN 'auth.token_issued' WHEN i % 10 < 9 THEN 'mcp.tool_called' ELSE 'agent.certificate_renewed' END,

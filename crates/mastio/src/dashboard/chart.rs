@@ -20,6 +20,8 @@ pub(super) struct Chart {
     pub title: &'static str,
     /// Where what is drawn comes from.
     pub href: &'static str,
+    /// Where what failed of it comes from.
+    pub failures: &'static str,
     pub bars: Vec<Bar>,
     pub total: u64,
     pub failed: u64,
@@ -30,7 +32,7 @@ pub(super) struct Chart {
 }
 
 impl Chart {
-    pub fn of(title: &'static str, href: &'static str, hour: &Hour) -> Self {
+    pub fn of(title: &'static str, href: &'static str, failures: &'static str, hour: &Hour) -> Self {
         let most = hour.answered.iter().copied().max().unwrap_or(0);
         let scaled = |count: u32| {
             if count == 0 {
@@ -48,6 +50,7 @@ impl Chart {
         Self {
             title,
             href,
+            failures,
             bars: bars
                 .filter(|(_, (answered, _))| **answered > 0)
                 .map(|(minute, (answered, failed))| Bar {
@@ -90,7 +93,7 @@ mod tests {
         hour.answered[0] = 1;
         hour.answered[59] = 6000;
         hour.failed[59] = 3000;
-        let chart = Chart::of("Tokens", "/proxy/audit", &hour);
+        let chart = Chart::of("Tokens", "/proxy/audit", "/proxy/audit", &hour);
         let drawn: Vec<_> = chart.bars.iter().map(|bar| (bar.x, bar.height, bar.failed)).collect();
         assert_eq!(drawn, [(0, 1, 0), (590, 60, 30)]);
         assert_eq!((chart.total, chart.failed, chart.most), (6001, 3000, 6000));

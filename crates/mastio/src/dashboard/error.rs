@@ -5,7 +5,7 @@ use mastio_core::error::Kind;
 
 use crate::enrollment::EnrollmentError;
 use crate::gateway::GatewayError;
-use crate::http::error::Problem;
+use crate::http::error::{ApiError, Problem};
 use crate::operators::OperatorError;
 use crate::operators::sso::SsoError;
 use crate::pki::PkiError;
@@ -44,6 +44,12 @@ pub enum DashboardError {
     /// A key cannot be read.
     #[error("the JWK is refused: {0}")]
     Jwk(String),
+    /// Arguments that are only asked about are no JSON.
+    #[error("the arguments are no JSON: write an object, such as {{\"amount\": 5}}, or nothing")]
+    Arguments,
+    /// A capability has said it for the API already.
+    #[error("{}", .0.message())]
+    Told(ApiError),
     /// There is no such thing.
     #[error("there is no {0}")]
     NotFound(String),
@@ -78,6 +84,8 @@ impl Problem for DashboardError {
             Self::TooManyFollowers => Kind::Limited,
             Self::Operator(error) => error.kind(),
             Self::Malformed | Self::OtherName(_) | Self::Jwk(_) => Kind::Invalid,
+            Self::Arguments => Kind::Unprocessable,
+            Self::Told(error) => error.kind(),
             Self::NotFound(_) => Kind::NotFound,
             Self::Render(_) => Kind::Internal,
             Self::Sso(error) => error.kind(),

@@ -8,11 +8,12 @@ use mastio_core::x509::crl::RevocationReason;
 
 use super::error::DashboardError;
 use super::trust::{CertificateView, Event, events};
-use super::{Dashboard, Frame};
+use super::{Dashboard, Frame, shell_word};
 use crate::audit::Filter;
 use crate::enrollment::Agent;
 use crate::gateway::{Binding, BindingFilter};
 use crate::http::authn::Session;
+use crate::updates::halt::EnrollmentType;
 
 /// Agents on a page.
 const PAGE_ROWS: i64 = 50;
@@ -27,7 +28,7 @@ pub(super) struct AgentsPage {
     from: String,
     filter: &'static str,
     /// Each filter by its name and words, and whether it is the one in force.
-    filters: [(&'static str, &'static str, bool); 5],
+    filters: [(&'static str, &'static str, bool); 8],
     agents: Vec<Agent>,
     next: Option<String>,
 }
@@ -54,12 +55,15 @@ pub(super) struct AgentPage {
 }
 
 /// What a list of agents is narrowed to, by the name in its address.
-const FILTERS: [(&str, &str); 5] = [
+const FILTERS: [(&str, &str); 8] = [
     ("", "all"),
     ("active", "active"),
     ("inactive", "inactive"),
     ("ends-7d", "ends within 7 days, or has ended"),
     ("ends-30d", "ends within 30 days, or has ended"),
+    ("connector", "enrolled by us: connector"),
+    ("byoca", "enrolled with their own CA: byoca"),
+    ("spire", "enrolled by SPIRE: spire"),
 ];
 
 /// When an agent did something last, and where that stands.
@@ -76,6 +80,9 @@ impl Dashboard {
             "inactive" => agents.list_by_state(false, after, limit).await?,
             "ends-7d" => agents.list_expiring(7, after, limit).await?,
             "ends-30d" => agents.list_expiring(30, after, limit).await?,
+            "connector" => agents.list_by_enrollment(EnrollmentType::Connector, after, limit).await?,
+            "byoca" => agents.list_by_enrollment(EnrollmentType::Byoca, after, limit).await?,
+            "spire" => agents.list_by_enrollment(EnrollmentType::Spire, after, limit).await?,
             _ => agents.list(after, limit).await?,
         })
     }
@@ -157,7 +164,7 @@ impl Dashboard {
             last_token: self.last_deed(&agent.agent_id, EventType::TokenIssued).await?,
             last_call: self.last_deed(&agent.agent_id, EventType::McpToolCalled).await?,
             path: format!("/proxy/agents/{}", super::urlencoded(&agent.agent_id)),
-            command: format!("mastio agents show {}", agent.agent_id),
+            command: format!("mastio agents show {}", shell_word(&agent.agent_id)),
             events: events(&self.pki().store, &filter).await?,
             frame: self.frame(Some(session), "agents", agent.agent_id.clone()).await?,
             chain: chain.collect(),

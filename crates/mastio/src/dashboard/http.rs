@@ -21,11 +21,14 @@ use serde_json::json;
 
 use super::enrollments::EnrollmentsQuery;
 use super::error::DashboardError;
+use super::policies::{AccessQuery, Draft, Question, Said};
 use super::session::Who;
+use super::tools::ToolsQuery;
 use super::trust::AuditQuery;
 use super::updates::in_words;
-use super::{Dashboard, assets, session, tools, urlencoded};
+use super::{Dashboard, assets, policies, session, tools, urlencoded};
 use crate::enrollment::revocation::{Which, revocation_reason};
+use crate::gateway::NewRule;
 use crate::gateway::servers::ToolLimits;
 use crate::http::authn::{AdminCaller, Session};
 use crate::http::context::Context;
@@ -85,6 +88,12 @@ pub fn routes(dashboard: Arc<Dashboard>) -> Router {
         .route("/proxy/tools/{tool_id}/try", post(try_tool))
         .route("/proxy/tools/{tool_id}/bind", post(bind_agent))
         .route("/proxy/tools/{tool_id}/unbind", post(unbind_agent))
+        .route("/proxy/policies", get(show_policies).post(save_policy))
+        .route("/proxy/policies/test", post(test_policy))
+        .route("/proxy/policies/{name}", get(show_policy))
+        .route("/proxy/policies/{name}/mode", post(set_policy_mode))
+        .route("/proxy/policies/{name}/delete", post(delete_policy))
+        .route("/proxy/access", get(show_access))
         .route("/proxy/pki", get(show_pki))
         .route("/proxy/pki/overlap", get(show_overlap))
         .route("/proxy/pki/settle", post(settle_overlap))
@@ -759,8 +768,12 @@ async fn reject_enrollment(
     Ok(see_other("/proxy/enrollments"))
 }
 
-async fn show_tools(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {
-    html(&dashboard.tools_page(&session).await?)
+async fn show_tools(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<ToolsQuery>,
+) -> Shown {
+    html(&dashboard.tools_page(&session, &query).await?)
 }
 
 async fn register_server(State(dashboard): State<Arc<Dashboard>>, context: Context, sent: Sent) -> Shown {
@@ -883,6 +896,133 @@ async fn unbind_agent(
     let (gateway, actor) = (&dashboard.gateway, &sent.session.actor);
     gateway.revoke_binding(actor, context.now.seconds(), sent.field("binding_id")).await?;
     Ok(see_other(&tool_path(&tool_id)))
+}
+
+#[derive(Deserialize)]
+struct PoliciesQuery {
+    #[serde(default)]
+    after: String,
+}
+
+async fn show_policies(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<PoliciesQuery>,
+) -> Shown {
+    html(&dashboard.policies_page(&session, &query.after, Said::default()).await?)
+}
+
+async fn show_policy(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Path(name): Path<String>,
+) -> Shown {
+    html(&dashboard.policy_page(&session, &name, Said::default()).await?)
+}
+
+async fn show_access(
+    State(dashboard): State<Arc<Dashboard>>,
+    Viewer(session): Viewer,
+    Query(query): Query<AccessQuery>,
+) -> Shown {
+    html(&dashboard.access_page(&session, &query).await?)
+}
+
+/// What a form says of a policy; nothing where it has none.
+fn draft(sent: &Sent) -> Result<Option<Draft>, DashboardError> {
+    if !sent.fields.contains_key("text") {
+        return Ok(None);
+    }
+    let field = |name: &str| sent.field(name).to_owned();
+    Ok(Some(Draft {
+        name: field("name"),
+        tool: field("tool"),
+        mode: Draft::mode(sent.field("mode")),
+        text: field("text"),
+        version: version(sent)?,
+    }))
+}
+
+/// The version of a policy that a form is about.
+fn version(sent: &Sent) -> Result<i64, DashboardError> {
+    sent.field("version").parse().map_err(|_| DashboardError::Malformed)
+}
+
+fn question(sent: &Sent) -> Question {
+    let field = |name: &str| sent.field(name).to_owned();
+    Question { agent_id: field("agent_id"), called: field("called"), arguments: field("arguments") }
+}
+
+/// The form again, with what it says, and what came of it: nobody writes a rule twice.
+async fn say(dashboard: &Dashboard, session: &Session, said: Said) -> Shown {
+    let status = if said.problem.is_some() { StatusCode::UNPROCESSABLE_ENTITY } else { StatusCode::OK };
+    let saved = said.draft.as_ref().filter(|draft| draft.version > 0).map(|draft| draft.name.clone());
+    let page = match saved {
+        Some(name) => html(&dashboard.policy_page(session, &name, said).await?)?,
+        None => html(&dashboard.policies_page(session, "", said).await?)?,
+    };
+    Ok((status, page).into_response())
+}
+
+/// What whoever wrote a form can put right, in words; every other error goes on.
+fn fault(error: DashboardError) -> Result<String, DashboardError> {
+    if error.kind() != Kind::Unprocessable {
+        return Err(error);
+    }
+    Ok(ApiError::new(error.kind(), error.detail()).message().to_owned())
+}
+
+/// Says what would become of a call; by the policy of the form, where it has one. Changes nothing.
+async fn test_policy(State(dashboard): State<Arc<Dashboard>>, sent: Sent) -> Shown {
+    let (question, draft) = (question(&sent), draft(&sent)?);
+    let (answer, problem) = match dashboard.asked_of_policies(&question, draft.as_ref()).await {
+        Ok(answer) => (Some(answer), None),
+        Err(error) => (None, Some(fault(error)?)),
+    };
+    say(&dashboard, &sent.session, Said { question, draft, answer, problem }).await
+}
+
+/// Saves a policy, in the place of the version that the form began with.
+async fn save_policy(State(dashboard): State<Arc<Dashboard>>, context: Context, sent: Sent) -> Shown {
+    let draft = draft(&sent)?.ok_or(DashboardError::Malformed)?;
+    let (gateway, actor, now) = (&dashboard.gateway, &sent.session.actor, context.now.seconds());
+    match gateway.save_rule(actor, now, &draft.name, draft.rule(), Some(draft.version)).await {
+        Ok(saved) => Ok(see_other(&policies::path(&saved.name))),
+        Err(error) => {
+            let problem = Some(fault(error.into())?);
+            let (question, draft) = (question(&sent), Some(draft));
+            say(&dashboard, &sent.session, Said { question, draft, answer: None, problem }).await
+        }
+    }
+}
+
+/// Saves the version that the page has shown in another mode.
+async fn set_policy_mode(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(name): Path<String>,
+    sent: Sent,
+) -> Shown {
+    let (gateway, actor, now) = (&dashboard.gateway, &sent.session.actor, context.now.seconds());
+    let shown = version(&sent)?;
+    let rule = gateway.rule_versions(&name).await?.into_iter().find(|rule| rule.version == shown);
+    let rule = rule.ok_or(DashboardError::Malformed)?;
+    let mode = policies::mode(sent.field("mode")).ok_or(DashboardError::Malformed)?;
+    let new = NewRule { text: rule.text, tool: rule.tool, mode };
+    gateway.save_rule(actor, now, &name, new, Some(shown)).await?;
+    Ok(see_other(&policies::path(&name)))
+}
+
+/// Its versions stay; the form has to say its name all the same.
+async fn delete_policy(
+    State(dashboard): State<Arc<Dashboard>>,
+    context: Context,
+    Path(name): Path<String>,
+    sent: Sent,
+) -> Shown {
+    sent.names(&name)?;
+    dashboard.gateway.delete_rule(&sent.session.actor, context.now.seconds(), &name).await?;
+    Ok(see_other("/proxy/policies"))
 }
 
 async fn show_pki(State(dashboard): State<Arc<Dashboard>>, Viewer(session): Viewer) -> Shown {

@@ -16,6 +16,7 @@ mod follow;
 pub mod http;
 mod operators;
 mod overview;
+mod policies;
 mod session;
 mod setup;
 mod store;
@@ -203,6 +204,16 @@ fn urlencoded(text: &str) -> String {
     out
 }
 
+/// `text` as one word of a shell's command, whatever stands in it: commands are there to be copied.
+fn shell_word(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:/@%+=,".contains(&byte);
+    if !text.is_empty() && !text.starts_with('-') && text.bytes().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 /// A stored time as people read it where no script makes it local: `2026-04-23 19:04:21 UTC`.
 fn utc(rfc3339: &str) -> String {
     match (rfc3339.get(..10), rfc3339.get(11..19)) {
@@ -229,6 +240,13 @@ mod tests {
     fn a_path_segment_stays_one() {
         assert_eq!(urlencoded("acme::a-1"), "acme::a-1");
         assert_eq!(urlencoded("a/../b?c#<d>"), "a%2f..%2fb%3fc%23%3cd%3e");
+    }
+
+    #[test]
+    fn whatever_is_named_in_a_command_is_one_word_of_it() {
+        assert_eq!(shell_word("acme::a-1"), "acme::a-1");
+        assert_eq!(shell_word("$(id); 'x'"), r"'$(id); '\''x'\'''");
+        assert_eq!(shell_word(""), "''");
     }
 
     #[test]

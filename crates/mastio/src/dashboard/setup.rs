@@ -22,6 +22,7 @@ pub(super) struct SetUpPage {
     frame: Frame,
     fingerprint: String,
     organisation: String,
+    command: String,
     issued: Issued,
 }
 
@@ -49,6 +50,10 @@ impl Dashboard {
             frame,
             fingerprint: self.ca_fingerprint(),
             organisation: organisation.to_owned(),
+            command: format!(
+                "curl -sk https://localhost:9443/v1/admin/operators -H \"X-Admin-Secret: {}:$SECRET\" | jq",
+                issued.name
+            ),
             issued,
         })
     }

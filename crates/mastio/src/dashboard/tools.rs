@@ -5,6 +5,7 @@
 //! what the page has shown.
 
 use askama::Template;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::DashboardError;
@@ -13,11 +14,13 @@ use crate::gateway::credential::Auth;
 use crate::gateway::definition::{Difference, differences};
 use crate::gateway::servers::{NewServer, Server, Tool};
 use crate::gateway::trial::Trial;
-use crate::gateway::{Binding, BindingFilter, Resource};
+use crate::gateway::{Access, Binding, Resource};
 use crate::http::authn::Session;
 
-/// Tools, and bindings, on a page.
-const PAGE_ROWS: usize = 200;
+/// Tools in a list on a page.
+const PAGE_ROWS: i64 = 50;
+/// Bindings on a tool's page, to it and to its server; each is asked about.
+const BINDINGS: i64 = 25;
 
 /// One place where what a server says differs from what was approved, as text.
 pub(super) struct Changed {
@@ -75,15 +78,27 @@ fn class(tool: &Tool) -> &'static str {
     }
 }
 
+/// Where lists of tools go on: the names that the page before has ended with.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct ToolsQuery {
+    #[serde(default)]
+    after: String,
+    #[serde(default)]
+    after_waiting: String,
+}
+
 /// `/proxy/tools`.
 #[derive(Template)]
 #[template(path = "tools.html")]
 pub(super) struct ToolsPage {
     frame: Frame,
+    /// Whether it is the first page of its lists.
+    first: bool,
     servers: Vec<Server>,
-    tools: Vec<Listed>,
-    /// How many more tools there are than are shown.
-    further: i64,
+    waiting: Vec<Listed>,
+    next_waiting: Option<String>,
+    decided: Vec<Listed>,
+    next: Option<String>,
     resources: Vec<Resource>,
 }
 
@@ -99,13 +114,22 @@ pub(super) struct ToolPage {
     description: String,
     schema: String,
     changed: Vec<Changed>,
-    bindings: Vec<Binding>,
-    server_bindings: Vec<Binding>,
+    bound: Vec<Bound>,
+    /// Whether there are more bindings than are shown.
+    further_bound: bool,
     /// What the form begins with: the arguments that were tried, or those that the schema demands.
     arguments: String,
     trial: Option<Trial>,
     path: String,
     command: String,
+}
+
+/// A binding to a tool, and what comes of it.
+pub(super) struct Bound {
+    binding: Binding,
+    /// Whether it is to the whole server.
+    by_server: bool,
+    access: Access,
 }
 
 /// What a form says of a server to be registered; the other ways to prove ourselves are the command line's.
@@ -141,42 +165,55 @@ fn outline(schema: &Value) -> String {
 }
 
 impl Dashboard {
-    pub(super) async fn tools_page(&self, session: &Session) -> Result<ToolsPage, DashboardError> {
-        let mut tools: Vec<Listed> = self
-            .gateway
-            .list_tools_of_servers(None, None)
-            .await?
-            .into_iter()
-            .map(|(tool, server)| Listed { tool, server })
-            .collect();
-        // What waits for a decision comes first, and what has changed before what is new.
-        tools.sort_by_key(|listed| match listed.tool.standing() {
-            "changed" => 0,
-            "proposed" => 1,
-            "approved" => 2,
-            _ => 3,
-        });
-        let further = i64::try_from(tools.len().saturating_sub(PAGE_ROWS)).unwrap_or(i64::MAX);
-        tools.truncate(PAGE_ROWS);
+    /// Tools in one list: those that wait for a decision, or the others.
+    async fn listed(
+        &self,
+        waiting: bool,
+        after: &str,
+    ) -> Result<(Vec<Listed>, Option<String>), DashboardError> {
+        let found = self.gateway.list_tools_by_decision(waiting, after, PAGE_ROWS + 1).await?;
+        let rows = usize::try_from(PAGE_ROWS).unwrap_or(usize::MAX);
+        let more = found.len() > rows;
+        let listed: Vec<Listed> =
+            found.into_iter().take(rows).map(|(tool, server)| Listed { tool, server }).collect();
+        let next = if more { listed.last().map(|listed| listed.tool.name.clone()) } else { None };
+        Ok((listed, next))
+    }
+
+    pub(super) async fn tools_page(
+        &self,
+        session: &Session,
+        query: &ToolsQuery,
+    ) -> Result<ToolsPage, DashboardError> {
+        let (waiting, next_waiting) = self.listed(true, &query.after_waiting).await?;
+        let (decided, next) = self.listed(false, &query.after).await?;
         Ok(ToolsPage {
             frame: self.frame(Some(session), "tools", "Tools").await?,
+            first: query.after.is_empty() && query.after_waiting.is_empty(),
             servers: self.gateway.list_servers().await?,
-            tools,
-            further,
+            waiting,
+            next_waiting,
+            decided,
+            next,
             resources: self.gateway.list_resources().await?,
         })
     }
 
-    async fn active_bindings(&self, resource_id: &str) -> Result<Vec<Binding>, DashboardError> {
-        let filter = BindingFilter {
-            agent_id: None,
-            resource_id: Some(resource_id.to_owned()),
-            after: None,
-            limit: i64::try_from(PAGE_ROWS).ok(),
-        };
-        let mut bindings = self.gateway.list_bindings(filter).await?;
-        bindings.retain(|binding| binding.revoked_at.is_none());
-        Ok(bindings)
+    /// Who is bound to a tool, by itself and with its server, and what the gateway says to their calls; and whether
+    /// there are more.
+    async fn bound(&self, tool: &Tool) -> Result<(Vec<Bound>, bool), DashboardError> {
+        let (mut bindings, mut further) = (Vec::new(), false);
+        for (resource_id, by_server) in [(&tool.tool_id, false), (&tool.upstream_id, true)] {
+            let found = self.gateway.active_bindings(resource_id, BINDINGS + 1).await?;
+            let rows = usize::try_from(BINDINGS).unwrap_or(usize::MAX);
+            further |= found.len() > rows;
+            bindings.extend(found.into_iter().take(rows).map(|binding| (binding, by_server)));
+        }
+        let agents: Vec<&str> = bindings.iter().map(|(binding, _)| binding.agent_id.as_str()).collect();
+        let access = self.gateway.access_of(&agents, &tool.name).await.map_err(DashboardError::Told)?;
+        let bound = bindings.into_iter().zip(access);
+        let bound = bound.map(|((binding, by_server), access)| Bound { binding, by_server, access });
+        Ok((bound.collect(), further))
     }
 
     pub(super) async fn tool_page(
@@ -195,6 +232,7 @@ impl Dashboard {
             None => (outline(&found["inputSchema"]), None),
         };
         let text = |name: &str| found[name].as_str().unwrap_or_default().to_owned();
+        let (bound, further_bound) = self.bound(&tool).await?;
         Ok(ToolPage {
             frame: self.frame(Some(session), "tools", tool.name.clone()).await?,
             class: class(&tool),
@@ -204,8 +242,8 @@ impl Dashboard {
             changed: approved
                 .map(|approved| differences(&approved, &found).iter().map(Changed::of).collect())
                 .unwrap_or_default(),
-            bindings: self.active_bindings(&tool.tool_id).await?,
-            server_bindings: self.active_bindings(&tool.upstream_id).await?,
+            bound,
+            further_bound,
             arguments,
             trial,
             path: path(&tool),

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::DashboardError;
-use super::{Dashboard, Frame};
+use super::{Dashboard, Frame, shell_word};
 use crate::audit::{self, Filter, Verdict};
 use crate::gateway::definition::sha256_hex;
 use crate::http::authn::Session;
@@ -212,6 +212,8 @@ pub(super) struct Key {
 pub(super) struct KeysPage {
     frame: Frame,
     keys: Vec<Key>,
+    /// Staged keys, each with the command that drops it.
+    staged: Vec<(String, String)>,
 }
 
 /// `/proxy/audit`.
@@ -385,8 +387,24 @@ impl Dashboard {
                 thumbprint: key.public.thumbprint(),
             }
         });
-        let keys = keys.collect();
-        Ok(KeysPage { frame: self.frame(Some(session), "keys", "Signing keys").await?, keys })
+        let keys: Vec<Key> = keys.collect();
+        let staged = keys.iter().filter(|key| key.activated_at.is_none() && key.deprecated_at.is_none());
+        let staged = staged.map(|key| (key.kid.clone(), self.drop_command(&key.kid))).collect();
+        Ok(KeysPage { frame: self.frame(Some(session), "keys", "Signing keys").await?, keys, staged })
+    }
+
+    /// How an operator drops a staged key: rows of this table are theirs to change, and the halt follows.
+    fn drop_command(&self, kid: &str) -> String {
+        let kid = kid.replace('\'', "''");
+        let sql = format!(
+            "DELETE FROM mastio_keys WHERE kid = '{kid}' AND activated_at IS NULL AND deprecated_at IS NULL"
+        );
+        match self.pki().store.sqlite_path() {
+            Some(path) => {
+                format!("sqlite3 {} {}", shell_word(&path.display().to_string()), shell_word(&sql))
+            }
+            None => format!("psql \"$MCP_PROXY_DATABASE_URL\" -c {}", shell_word(&sql)),
+        }
     }
 
     /// Events as the query wants them. `verify`: the whole chain is verified now.

@@ -531,6 +531,16 @@ impl Agents {
         Ok(store::page_by_state(&mut self.pki().store.read().await?, active, after, limit).await?)
     }
 
+    /// The agents that were enrolled in this way; a page at a time, by id after `after`.
+    pub async fn list_by_enrollment(
+        &self,
+        enrollment: EnrollmentType,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<Agent>, EnrollmentError> {
+        Ok(store::page_by_enrollment(&mut self.pki().store.read().await?, enrollment, after, limit).await?)
+    }
+
     /// How many active agents' certificates have ended or end soon.
     pub async fn expiring(&self) -> Result<Expiring, EnrollmentError> {
         let now = self.pki().clock.now().seconds();

@@ -103,6 +103,29 @@ pub async fn page_by_state(
     .collect()
 }
 
+/// A page of agents after an id that were enrolled in this way; the expression is [`EnrollmentType::from_tag`], and that
+/// of an index.
+pub async fn page_by_enrollment(
+    tx: &mut impl Query,
+    enrollment: EnrollmentType,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Agent>, StoreError> {
+    tx.rows(
+        "SELECT agent_id, display_name, capabilities, cert_pem, is_active, enrollment_method, dpop_jkt, principal_type, \
+         previous_cert_pem, previous_dpop_jkt, previous_grace_period_expires_at, federated, created_at, \
+         (SELECT MAX(r.revoked_at) FROM revoked_certificates r WHERE r.agent_id = internal_agents.agent_id) \
+         FROM internal_agents WHERE (CASE WHEN enrollment_method = 'byoca' THEN 'byoca' \
+         WHEN enrollment_method IN ('spire', 'spiffe') THEN 'spire' ELSE 'connector' END) = $3 \
+         AND agent_id > $1 ORDER BY agent_id LIMIT $2",
+        values![after, limit, enrollment.as_str()],
+    )
+    .await?
+    .iter()
+    .map(read)
+    .collect()
+}
+
 /// How many active agents' certificates have ended or end soon. The `+` is that of [`page_expiring`].
 pub async fn expiring(tx: &mut impl Query, now: UnixTime) -> Result<Expiring, StoreError> {
     let row = tx

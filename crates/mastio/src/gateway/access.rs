@@ -3,7 +3,6 @@
 //! A call is granted by a binding to a tool that is as approved, by capabilities, and by arguments that fit the approved
 //! schema; then the rules of [`super::policy`] are asked. Nothing here uses up a limit or reaches for a server.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mastio_core::time::UnixTime;
@@ -181,24 +180,15 @@ impl Gateway {
         draft: Option<(&str, &NewRule)>,
     ) -> Result<Access, ApiError> {
         let rules = self.rules_with(draft).await?;
-        self.explain_by(&rules, agent_id, tool, arguments).await
+        let caller = self.asked_about(agent_id).await?;
+        self.explain_by(&rules, (agent_id, caller.as_ref()), tool, arguments).await
     }
 
-    async fn explain_by(
-        &self,
-        rules: &Rules,
-        agent_id: &str,
-        tool: &str,
-        arguments: Option<&Value>,
-    ) -> Result<Access, ApiError> {
+    /// The caller that an active agent would be.
+    async fn asked_about(&self, agent_id: &str) -> Result<Option<Caller>, ApiError> {
         let agent_id = canonical(&self.org_id, agent_id);
-        let mut access = Access { agent_id: agent_id.clone(), tool: tool.to_owned(), ..Access::default() };
-        let Some(Holder { principal_type, capabilities }) = self.authenticate.agent(&agent_id).await? else {
-            access.reason = "unknown_or_inactive_agent".to_owned();
-            access.message = Some("there is no active agent of this id".to_owned());
-            return Ok(access);
-        };
-        let caller = Caller {
+        let holder = self.authenticate.agent(&agent_id).await?;
+        Ok(holder.map(|Holder { principal_type, capabilities }| Caller {
             agent_id,
             principal_type,
             capabilities,
@@ -208,8 +198,24 @@ impl Gateway {
             issued_at: UnixTime(0),
             expires_at: UnixTime(0),
             epoch: 0,
+        }))
+    }
+
+    async fn explain_by(
+        &self,
+        rules: &Rules,
+        (agent_id, caller): (&str, Option<&Caller>),
+        tool: &str,
+        arguments: Option<&Value>,
+    ) -> Result<Access, ApiError> {
+        let agent_id = canonical(&self.org_id, agent_id);
+        let mut access = Access { agent_id, tool: tool.to_owned(), ..Access::default() };
+        let Some(caller) = caller else {
+            access.reason = "unknown_or_inactive_agent".to_owned();
+            access.message = Some("there is no active agent of this id".to_owned());
+            return Ok(access);
         };
-        match self.decide(&caller, tool, arguments, rules, &mut access).await {
+        match self.decide(caller, tool, arguments, rules, &mut access).await {
             Ok(()) => {
                 access.allowed = true;
                 access.reason = "allowed".to_owned();
@@ -264,33 +270,73 @@ impl Gateway {
     ///
     /// Errors: [`GatewayError::Store`].
     pub async fn access(&self, agent: Option<&str>, tool: Option<&str>) -> Result<Vec<Access>, ApiError> {
+        let rows_max = usize::try_from(ACCESS_ROWS_MAX).unwrap_or(0);
+        Ok(self.access_page(agent, tool, None, rows_max).await?.0)
+    }
+
+    /// The same, a page at a time: at most `rows_max` rows after the agent and tool of `after`, and where the next page
+    /// begins, if there is more.
+    ///
+    /// Errors: as [`Gateway::access`].
+    pub async fn access_page(
+        &self,
+        agent: Option<&str>,
+        tool: Option<&str>,
+        after: Option<(&str, &str)>,
+        rows_max: usize,
+    ) -> Result<(Vec<Access>, Option<(String, String)>), ApiError> {
         let rules = self.rules(None).await?;
-        let mut tx = self.store.read().await.map_err(GatewayError::from)?;
+        let (from_agent, from_tool) = after.unwrap_or_default();
         let agents = match agent {
             Some(agent) => vec![agent.to_owned()],
-            None => {
-                let bound =
-                    store::bound_agents(&mut tx, ACCESS_ROWS_MAX).await.map_err(GatewayError::from)?;
-                let ids: BTreeSet<String> = bound.iter().map(|id| canonical(&self.org_id, id)).collect();
-                ids.into_iter().collect()
+            None => self.bound_agents(from_agent, rows_max).await?,
+        };
+        let (mut rows, mut last) = (Vec::new(), None);
+        let mut tools = Vec::new();
+        for (index, agent) in agents.iter().enumerate() {
+            let begun = agent == from_agent;
+            match tool {
+                Some(_) if begun => continue,
+                Some(tool) => tools = vec![tool.to_owned()],
+                // The first agent's are those that are left of them, every other's are all.
+                None if begun => tools = self.callable(from_tool).await?,
+                None if index <= 1 => tools = self.callable("").await?,
+                None => {}
             }
-        };
-        let tools = match tool {
-            Some(tool) => vec![tool.to_owned()],
-            None => store::every_callable(&mut tx, ACCESS_ROWS_MAX).await.map_err(GatewayError::from)?,
-        };
-        drop(tx);
-        let rows_max = usize::try_from(ACCESS_ROWS_MAX).unwrap_or(0);
-        let mut rows = Vec::new();
-        for agent in &agents {
+            let caller = self.asked_about(agent).await?;
             for tool in &tools {
                 if rows.len() >= rows_max {
-                    return Ok(rows);
+                    return Ok((rows, last));
                 }
-                rows.push(self.explain_by(&rules, agent, tool, None).await?);
+                rows.push(self.explain_by(&rules, (agent, caller.as_ref()), tool, None).await?);
+                last = Some((agent.clone(), tool.clone()));
             }
         }
+        Ok((rows, None))
+    }
+
+    /// What becomes of calls of one tool by each of `agents`, in their order.
+    ///
+    /// Errors: as [`Gateway::access`].
+    pub async fn access_of(&self, agents: &[&str], tool: &str) -> Result<Vec<Access>, ApiError> {
+        let rules = self.rules(None).await?;
+        let mut rows = Vec::with_capacity(agents.len());
+        for agent in agents {
+            let caller = self.asked_about(agent).await?;
+            rows.push(self.explain_by(&rules, (agent, caller.as_ref()), tool, None).await?);
+        }
         Ok(rows)
+    }
+
+    /// The agents that are bound to anything, from `from` (inclusive) on: more than `rows_max` after it, if there are.
+    async fn bound_agents(&self, from: &str, rows_max: usize) -> Result<Vec<String>, GatewayError> {
+        let limit = i64::try_from(rows_max).unwrap_or(ACCESS_ROWS_MAX).saturating_add(2);
+        Ok(store::bound_agents(&mut self.store.read().await?, &self.org_id, from, limit).await?)
+    }
+
+    /// The names that a call may have after `after`, in order.
+    async fn callable(&self, after: &str) -> Result<Vec<String>, GatewayError> {
+        Ok(store::every_callable(&mut self.store.read().await?, after, ACCESS_ROWS_MAX).await?)
     }
 
     async fn schema(&self, tool: &Tool) -> Result<Arc<Schema>, GatewayError> {

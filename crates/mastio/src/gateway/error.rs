@@ -118,6 +118,9 @@ pub enum GatewayError {
     /// Nothing is kept of such a call.
     #[error("nothing is kept of call '{0}'")]
     UnknownEvidence(String),
+    /// Somebody has saved the rule meanwhile.
+    #[error("policy '{0}' is another one by now: look at it, and decide again")]
+    PolicyMoved(String),
     /// There are as many rules as there may be.
     #[error("there are {0} policies already: delete one first")]
     TooManyPolicies(usize),
@@ -252,6 +255,7 @@ impl Problem for GatewayError {
             Self::NameTaken(_)
             | Self::TooManyResources(_)
             | Self::AlreadyBound
+            | Self::PolicyMoved(_)
             | Self::TooManyPolicies(_)
             | Self::StreamOpen
             | Self::PlanMoved(_)

@@ -749,7 +749,7 @@ async fn save_policy(
     Path(policy): Path<String>,
     Json(new): Json<NewRule>,
 ) -> Result<axum::Json<Rule>, ApiError> {
-    Ok(axum::Json(gateway.save_rule(&admin.actor, context.now.seconds(), &policy, new).await?))
+    Ok(axum::Json(gateway.save_rule(&admin.actor, context.now.seconds(), &policy, new, None).await?))
 }
 
 async fn delete_policy(

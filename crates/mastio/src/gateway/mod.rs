@@ -423,6 +423,11 @@ impl Gateway {
             .await?)
     }
 
+    /// Bindings to a resource that are not revoked, by id; at most `limit`.
+    pub async fn active_bindings(&self, resource_id: &str, limit: i64) -> Result<Vec<Binding>, GatewayError> {
+        Ok(store::active_bindings_to(&mut self.store.read().await?, resource_id, limit).await?)
+    }
+
     /// What a binding is to: the name of a tool, of a server, or of a single tool; nothing where it is gone.
     pub async fn resource_of(&self, resource_id: &str) -> Result<Option<String>, GatewayError> {
         Ok(store::bindable_name(&mut self.store.read().await?, &self.org_id, resource_id).await?)

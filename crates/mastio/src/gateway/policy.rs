@@ -585,6 +585,11 @@ impl Gateway {
         Ok(store::rules(&mut self.store.read().await?).await?)
     }
 
+    /// The same, a page at a time: at most `limit` of those after the name `after`.
+    pub async fn rules_after(&self, after: &str, limit: i64) -> Result<Vec<Rule>, GatewayError> {
+        Ok(store::rules_after(&mut self.store.read().await?, after, limit).await?)
+    }
+
     /// Every version of a rule, newest first.
     ///
     /// Errors: [`GatewayError::UnknownPolicy`].
@@ -617,19 +622,25 @@ impl Gateway {
         Ok(store::resource_schema(&mut tx, &self.org_id, tool).await?.map(read_schema))
     }
 
-    /// Saves a rule, as its next version.
+    /// Saves a rule, as its next version. `after`: the version that it is to take the place of, 0 for none; absent for
+    /// whatever there is.
     ///
-    /// Errors: as [`Gateway::check_rule`], and [`GatewayError::TooManyPolicies`].
+    /// Errors: as [`Gateway::check_rule`], [`GatewayError::TooManyPolicies`], and [`GatewayError::PolicyMoved`].
     pub async fn save_rule(
         &self,
         actor: &str,
         now: UnixTime,
         name: &str,
         new: NewRule,
+        after: Option<i64>,
     ) -> Result<Rule, GatewayError> {
         self.check_rule(name, &new).await?;
         let mut tx = self.store.write().await?;
         let rules = store::rules(&mut tx).await?;
+        let newest = rules.iter().find(|rule| rule.name == name).map_or(0, |rule| rule.version);
+        if after.is_some_and(|after| after != newest) {
+            return Err(GatewayError::PolicyMoved(name.to_owned()));
+        }
         if rules.len() >= POLICIES_MAX && !rules.iter().any(|rule| rule.name == name) {
             return Err(GatewayError::TooManyPolicies(POLICIES_MAX));
         }

@@ -746,6 +746,17 @@ impl Gateway {
         Ok(tools)
     }
 
+    /// Tools that wait for a decision (`proposed`, `changed`), or those that do not, with their servers' names; a page at
+    /// a time, by name after `after`.
+    pub async fn list_tools_by_decision(
+        &self,
+        waiting: bool,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<(Tool, String)>, GatewayError> {
+        Ok(store::tools_by_decision(&mut self.store.read().await?, waiting, after, limit).await?)
+    }
+
     /// The tool of this id or name.
     ///
     /// Errors: [`GatewayError::UnknownTool`].

@@ -321,6 +321,23 @@ fn read_binding(row: &Row) -> Result<Binding, StoreError> {
     })
 }
 
+/// Bindings to a resource that are not revoked, by id.
+pub(super) async fn active_bindings_to(
+    tx: &mut ReadTx,
+    resource_id: &str,
+    limit: i64,
+) -> Result<Vec<Binding>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT binding_id, agent_id, principal_type, resource_id, org_id, granted_at, revoked_at \
+             FROM local_agent_resource_bindings WHERE resource_id = $1 AND revoked_at IS NULL \
+             ORDER BY binding_id LIMIT $2",
+            values![resource_id, limit],
+        )
+        .await?;
+    rows.iter().map(read_binding).collect()
+}
+
 /// What a revoked binding was about.
 pub(super) struct Revoked {
     pub agent_id: String,
@@ -563,6 +580,35 @@ pub(super) async fn offered_tool(
     let tool = read_tool(&row)?;
     let server = server(tx, &tool.upstream_id).await?.filter(|server| server.enabled);
     Ok(server.map(|server| (tool, server)))
+}
+
+// What waits is what `ServerTool::standing` calls so, in the words of an index.
+macro_rules! tools_where {
+    ($not:literal) => {
+        concat!(
+            "SELECT t.tool_id, t.upstream_id, t.upstream_name, t.name, t.state, t.definition, t.definition_digest, \
+             t.found, t.found_digest, t.present, t.imitates, t.required_capability, t.calls_per_minute, \
+             t.first_seen_at, t.approved_at, t.approved_by, t.retention_days, u.name FROM mcp_tools t \
+             JOIN mcp_upstreams u ON u.upstream_id = t.upstream_id WHERE ",
+            $not,
+            "(t.present = 1 AND (t.state = 'proposed' OR (t.state = 'approved' AND \
+             COALESCE(t.definition_digest, '') <> t.found_digest))) AND t.name > $1 ORDER BY t.name LIMIT $2"
+        )
+    };
+}
+const TOOLS_WAITING: &str = tools_where!("");
+const TOOLS_DECIDED: &str = tools_where!("NOT ");
+
+/// A page of tools that wait for a decision, or of those that do not, after a name; each with its server's name.
+pub(super) async fn tools_by_decision(
+    tx: &mut ReadTx,
+    waiting: bool,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<(ServerTool, String)>, StoreError> {
+    let sql = if waiting { TOOLS_WAITING } else { TOOLS_DECIDED };
+    let rows = tx.rows(sql, values![after, limit]).await?;
+    rows.iter().map(|row| Ok((read_tool(row)?, row.text(17)?))).collect()
 }
 
 /// The tools of a server, by name.
@@ -888,6 +934,23 @@ pub(super) async fn rules(tx: &mut impl Query) -> Result<Vec<Rule>, StoreError> 
     rows.iter().map(read_rule).collect()
 }
 
+/// A page of [`rules`], after a name.
+pub(super) async fn rules_after(
+    tx: &mut impl Query,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<Rule>, StoreError> {
+    let rows = tx
+        .rows(
+            "SELECT p.change, p.name, p.version, p.tool, p.mode, p.text, p.saved_at, p.saved_by \
+             FROM mcp_policy_versions p WHERE p.name > $1 AND p.mode <> 'deleted' AND p.version = \
+             (SELECT MAX(n.version) FROM mcp_policy_versions n WHERE n.name = p.name) ORDER BY p.name LIMIT $2",
+            values![after, limit],
+        )
+        .await?;
+    rows.iter().map(read_rule).collect()
+}
+
 /// The versions of a rule, newest first.
 pub(super) async fn rule_versions(tx: &mut ReadTx, name: &str, limit: i64) -> Result<Vec<Rule>, StoreError> {
     let rows = tx
@@ -944,24 +1007,36 @@ pub(super) async fn resource_schema(
     row.map(|row| row.optional_text(0)).transpose()
 }
 
-/// The names of resources and of servers' tools, in order.
-pub(super) async fn every_callable(tx: &mut ReadTx, limit: i64) -> Result<Vec<String>, StoreError> {
+/// The names of resources and of servers' tools after `after`, in order.
+pub(super) async fn every_callable(
+    tx: &mut ReadTx,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<String>, StoreError> {
     let rows = tx
         .rows(
-            "SELECT name FROM local_mcp_resources UNION SELECT name FROM mcp_tools ORDER BY name LIMIT $1",
-            values![limit],
+            "SELECT name FROM local_mcp_resources WHERE name > $1 UNION SELECT name FROM mcp_tools WHERE name > $1 \
+             ORDER BY name LIMIT $2",
+            values![after, limit],
         )
         .await?;
     rows.iter().map(|row| row.text(0)).collect()
 }
 
-/// Every agent with an active binding, by id.
-pub(super) async fn bound_agents(tx: &mut ReadTx, limit: i64) -> Result<Vec<String>, StoreError> {
+/// Agents with an active binding, as bindings name them, from `from` (inclusive) on. One that is bound by both its names
+/// is there by the longer.
+pub(super) async fn bound_agents(
+    tx: &mut ReadTx,
+    org_id: &str,
+    from: &str,
+    limit: i64,
+) -> Result<Vec<String>, StoreError> {
     let rows = tx
         .rows(
-            "SELECT DISTINCT agent_id FROM local_agent_resource_bindings WHERE revoked_at IS NULL \
-             ORDER BY agent_id LIMIT $1",
-            values![limit],
+            "SELECT DISTINCT b.agent_id FROM local_agent_resource_bindings b WHERE b.agent_id >= $2 \
+             AND b.revoked_at IS NULL AND NOT EXISTS (SELECT 1 FROM local_agent_resource_bindings c \
+             WHERE c.agent_id = $1 || '::' || b.agent_id AND c.revoked_at IS NULL) ORDER BY b.agent_id LIMIT $3",
+            values![org_id, from, limit],
         )
         .await?;
     rows.iter().map(|row| row.text(0)).collect()

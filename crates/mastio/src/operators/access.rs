@@ -147,6 +147,14 @@ pub const TABLE: &[(&str, &str, Access)] = &[
     ("POST", "/proxy/tools/{tool_id}/try", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/bind", Page(Operator)),
     ("POST", "/proxy/tools/{tool_id}/unbind", Page(Operator)),
+    ("GET", "/proxy/policies", Page(Viewer)),
+    ("POST", "/proxy/policies", Page(Operator)),
+    // Asks, and changes nothing.
+    ("POST", "/proxy/policies/test", Page(Viewer)),
+    ("GET", "/proxy/policies/{name}", Page(Viewer)),
+    ("POST", "/proxy/policies/{name}/mode", Page(Operator)),
+    ("POST", "/proxy/policies/{name}/delete", Page(Operator)),
+    ("GET", "/proxy/access", Page(Viewer)),
     ("GET", "/proxy/pki", Page(Viewer)),
     ("GET", "/proxy/pki/overlap", Page(Viewer)),
     ("POST", "/proxy/pki/settle", Page(Admin)),
@@ -218,8 +226,14 @@ mod tests {
     #[test]
     fn whatever_changes_something_asks_for_more_than_a_viewer() {
         // A dry run of a policy is a question too long for a URL.
-        let reads =
-            ["/proxy/login", "/proxy/logout", "/proxy/setup", "/proxy/audit", "/v1/admin/mcp-policies/test"];
+        let reads = [
+            "/proxy/login",
+            "/proxy/logout",
+            "/proxy/setup",
+            "/proxy/audit",
+            "/v1/admin/mcp-policies/test",
+            "/proxy/policies/test",
+        ];
         for (method, path, access) in TABLE {
             if *method != "GET" && !reads.contains(path) {
                 assert!(matches!(access, Page(role) | Api(role) if *role > Viewer), "{method} {path}");

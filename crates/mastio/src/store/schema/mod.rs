@@ -25,6 +25,7 @@ mod s0018_mcp_policies;
 mod s0019_mcp_callers;
 mod s0020_mcp_evidence;
 mod s0021_lean_images;
+mod s0022_lists;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -69,6 +70,7 @@ pub const STEPS: &[Step] = &[
     s0019_mcp_callers::STEP,
     s0020_mcp_evidence::STEP,
     s0021_lean_images::STEP,
+    s0022_lists::STEP,
     // The next step goes here.
 ];
 

@@ -153,6 +153,13 @@ pub(super) async fn damage(tx: &mut impl Query, run_id: &str) -> Result<Option<S
 }
 
 impl Updates {
+    /// The update whose snapshot is the latest, and when it was taken; absent before the first apply.
+    pub async fn latest_snapshot(&self) -> Result<Option<(String, UnixTime)>, UpdateError> {
+        let taken = rows::snapshots_taken(&mut self.pki.store.read().await?).await?;
+        let taken = taken.into_iter().filter_map(|(id, at)| Some((id, UnixTime::parse(&at)?)));
+        Ok(taken.max_by_key(|(_, at)| *at))
+    }
+
     /// Every snapshot, by update, the one that a rollback goes back to first, with whether it verifies.
     pub async fn snapshots(&self) -> Result<Vec<Value>, UpdateError> {
         let mut tx = self.pki.store.read().await?;
