@@ -68,7 +68,8 @@ impl Gateway {
         let days = tool.retention_days?.clamp(1, DAYS_MAX);
         let now = context.now.seconds();
         Some(Keeping {
-            evidence_id: self.entropy.uuid(),
+            // Sorts by its time, finer than the second that is stored.
+            evidence_id: self.entropy.ulid(context.now),
             tool: tool.name.clone(),
             agent_id: canonical(&self.org_id, &caller.agent_id),
             request_id: context.request_id.clone(),

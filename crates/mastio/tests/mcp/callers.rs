@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::harness::forge::claims;
 use crate::harness::{Database, required_environment, run, wait_for};
 use crate::hostile::{Hostile, tool};
-use crate::world::{Caller, World};
+use crate::world::{Caller, World, modern};
 
 const HALT: &str = "INSERT INTO pending_updates (migration_id, detected_at, status) \
                     VALUES ('2099-01-01-unknown', '2026-01-01T00:00:00Z', 'pending')";
@@ -98,6 +98,26 @@ fn servers_are_told_who_calls(database: Database) {
         assert_eq!((&said["sub"], &said["aud"]), (&json!(caller.id), &json!(token_url)));
     }
     assert!(exchanging.seen().iter().all(|(head, _)| sent(head, "mastio-caller").is_none()));
+
+    // On a stream that a caller has with a server it is the caller who speaks, as in its calls.
+    let (body, headers) =
+        modern("subscriptions/listen", None, &json!({ "notifications": { "toolsListChanged": true } }));
+    let headers: Vec<(&str, &str)> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let mut stream = alice.open("POST", &headers, &body);
+    stream.wait("notifications/subscriptions/acknowledged");
+    let listened = |server: &Hostile| {
+        wait_for("the server to be listened to", || {
+            let mut seen = server.seen().into_iter();
+            seen.find(|(_, body)| body["method"] == "subscriptions/listen").map(|(head, _)| head)
+        })
+    };
+    assert_eq!(claims(sent(&listened(&told), "mastio-caller").unwrap())["sub"], alice.id);
+    assert_eq!(
+        sent(&listened(&exchanging), "authorization"),
+        Some(format!("Bearer for-{}", alice.id).as_str())
+    );
+    assert_eq!(exchanging.forms().len(), 3);
+    drop(stream);
 
     // Never the caller's own credential, wherever one looks.
     for server in [&told, &exchanging, &fine] {
