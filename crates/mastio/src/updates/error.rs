@@ -63,7 +63,7 @@ pub enum UpdateError {
     NoOverlap,
     /// Agents stand under a retiring Org CA alone.
     #[error(
-        "{count} agents have a certificate that only the retiring Org CA vouches for: they must enroll again first"
+        "agents whose certificate only the retiring Org CA vouches for: {count}; they must enroll again first"
     )]
     AgentsBlock {
         /// How many.
