@@ -845,14 +845,19 @@ fn a_staged_key_is_shown_with_the_command_that_drops_it() {
     let browser = Browser::new(&deploy, "a");
     browser.sign_in();
     assert!(browser.get("/proxy").body.contains("href=\"/proxy/mastio-key\">See the staged key</a>"));
-    let page = browser.get("/proxy/mastio-key").body;
+    // The halt is in force before the keys behind it are read again.
+    let page = wait_for("the staged key in its page", || {
+        Some(browser.get("/proxy/mastio-key").body).filter(|page| page.contains("staged key waits"))
+    });
     let (_, rest) =
         page.split_once("<pre><code class=\"copy\" data-copy=\"").unwrap_or_else(|| panic!("{page}"));
     let command = rest.split('"').next().unwrap().replace("&#39;", "'").replace("&#34;", "\"");
     deploy.bash(&command, &[]);
     wait_for("the halt to lift", || (!deploy.is_halted()).then_some(()));
-    let page = browser.get("/proxy/mastio-key").body;
-    assert!(!page.contains("staged key waits") && page.contains(">signs<"), "{page}");
+    let page = wait_for("the end of the staged key", || {
+        Some(browser.get("/proxy/mastio-key").body).filter(|page| !page.contains("staged key waits"))
+    });
+    assert!(page.contains(">signs<"), "{page}");
 }
 
 /// Two clients of the SDK wait for what an operator decides by hand.

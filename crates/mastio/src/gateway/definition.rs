@@ -31,6 +31,9 @@ pub enum DefinitionError {
     /// An object names a member twice: two readers could read two definitions.
     #[error("the definition names a member twice")]
     DuplicateMember,
+    /// A number that no reader can hold.
+    #[error("the definition has a number that is out of range")]
+    Number,
     /// Not an object with a name.
     #[error("the definition is not an object with a usable name")]
     Shape,
@@ -90,7 +93,11 @@ fn write(raw: &RawValue, text: &mut String) -> Result<(), DefinitionError> {
             let value: String = serde_json::from_str(raw.get()).map_err(|_| DefinitionError::Shape)?;
             string(&value, text);
         }
-        _ => text.push_str(raw.get()),
+        _ => {
+            // It stays as it is written, but whoever reads the definition must be able to read it.
+            serde_json::from_str::<Value>(raw.get()).map_err(|_| DefinitionError::Number)?;
+            text.push_str(raw.get());
+        }
     }
     Ok(())
 }
@@ -202,6 +209,7 @@ mod tests {
     #[test]
     fn a_definition_that_could_be_read_in_two_ways_or_is_too_large_is_refused() {
         assert_eq!(form(r#"{"a":{"b":1,"b":2}}"#), Err(DefinitionError::DuplicateMember));
+        assert_eq!(form(r#"{"a":[1e999]}"#), Err(DefinitionError::Number));
         let deep = |depth: usize| form(&format!("{}{}", "[".repeat(depth), "]".repeat(depth)));
         assert!(deep(DEFINITION_DEPTH_MAX).is_ok());
         assert_eq!(deep(DEFINITION_DEPTH_MAX + 1), Err(DefinitionError::TooDeep));
