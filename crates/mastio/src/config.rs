@@ -1153,6 +1153,7 @@ mod tests {
             (ADMIN_SECRET, "with space", "visible ASCII"),
             (LOG_FORMAT, "xml", "json or text"),
             (LOG_FILTER, "a=b=c", "a filter"),
+            (LOG_FILTER, "0123\u{c}\t,\tx=\u{4820}y", "a filter"),
         ] {
             let refusal = Case::new().variable(name, value).refusal();
             assert!(refusal.starts_with(&format!("{name} (environment) ")), "{refusal}");

@@ -12,7 +12,8 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Whether `text` is a filter that [`init`] accepts.
 #[must_use]
 pub fn is_filter(text: &str) -> bool {
-    EnvFilter::try_new(text).is_ok()
+    // The parser of tracing-subscriber 0.3 panics where a character of several bytes stands before a separator.
+    text.is_ascii() && EnvFilter::try_new(text).is_ok()
 }
 
 /// Starts logging for the life of the process. A second call does nothing, so that tests may call it freely.
