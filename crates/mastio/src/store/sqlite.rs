@@ -84,8 +84,6 @@ fn pool(connections_max: u32) -> SqlitePoolOptions {
     SqlitePoolOptions::new()
         .max_connections(connections_max)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // A file does not hang up, and each question to its thread costs two changes of thread.
-        .test_before_acquire(false)
         // A full or failing disk makes SQLite end the transaction by itself, so the ROLLBACK that follows finds none and
         // fails; sqlx then takes the connection to be inside that transaction for ever. Such a one is closed.
         .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
